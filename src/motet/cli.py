@@ -1,0 +1,292 @@
+"""The command line: thin skins over one call each.
+
+A user's mistake ends with one sentence and exit code 2; a traceback needs ``--debug``. Heavy libraries are imported
+inside the commands, so that ``--help`` answers at once.
+"""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from motet.errors import MotetError
+
+if TYPE_CHECKING:
+    from motet.data.partition import Deal
+    from motet.records import RoundLog
+
+app = typer.Typer(
+    help="Federated preference alignment that keeps conflicting tastes apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+OutOption = Annotated[Path, typer.Option("--out", help="Run folder; it is made, and must not hold another run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on the other.")]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="Feature cache (default: $MOTET_CACHE or ~/.cache/motet).")
+]
+
+
+def main() -> None:
+    """Entry point of the command ``motet``."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    warnings.showwarning = _one_line_warning
+    try:
+        app(args=arguments, prog_name="motet")
+    except MotetError as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[red]motet:[/red] {_plain(str(error))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        if debug:
+            raise
+        said = f"{stop}; go on with --resume" if str(stop) else "stopped"
+        Console(stderr=True).print(f"motet: {said}", highlight=False)
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Decides the deal and everything that is drawn.")] = 0,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run FedVPA-GP on the bundled data with a real frozen language model.
+
+    Example: [bold]motet demo[/bold]
+    """
+    from motet.experiment import run
+    from motet.federated.server import has_checkpoint
+    from motet.experiment import resolve as settle
+
+    asked = settle("voices", {"clients": 24}, None, seed)
+    watcher = _Console(quiet=as_json)
+    began = time.perf_counter()
+    # a second demo shows the same as the first: it goes on from what is there, if it is the same run
+    summary = run(asked, out, cache, resume=has_checkpoint(out), watcher=watcher)
+    watcher.close()
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        return
+    _closing(out, watcher.console)
+    watcher.console.print(f"\nDone in {time.perf_counter() - began:.0f} s. Next, try:", highlight=False)
+    for line in (
+        f"motet report {out}",
+        f"motet choose {out} --context examples/me.jsonl --pairs examples/new.jsonl",
+        "motet run voices --set clients=60 --set label_noise=0.2 --out runs/noisy",
+        "motet run voices --labels coin-flip --out runs/coin",
+        "motet run pairs --data your-pairs.jsonl --out runs/yours",
+    ):
+        watcher.console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="run")
+def run_command(
+    recipe: Annotated[str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/RECIPE-SEED).")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")] = None,
+    words: Annotated[list[str] | None, typer.Option("--set", help="A setting, e.g. --set clients=40; repeatable.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
+    labels: Annotated[str | None, typer.Option("--labels", help="true, or coin-flip: a leak test.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Decides the deal and everything that is drawn.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Deal preference pairs to clients, train, judge, report.
+
+    Example: [bold]motet run same-pair --data ../shared/data/xstest --set clients=20 --out runs/first[/bold]
+    """
+    from motet.config import parse_words
+    from motet.errors import ConfigError
+    from motet.experiment import resolve as settle
+    from motet.experiment import run
+
+    table = parse_words(words or [])
+    for name, value in (("data", data), ("preset", preset), ("labels", labels)):
+        if value is not None:
+            table[name] = value
+    if resume and config is None:
+        if out is None:
+            raise ConfigError("--resume needs --out, the folder of the run to go on with")
+        config = out / "config.toml" if (out / "config.toml").exists() else None
+    if recipe is None and config is None:
+        raise ConfigError("a recipe is needed, got none; motet run voices needs no data, motet run --help lists them all")
+    asked = settle(recipe, table, config, seed)
+    folder = out if out is not None else Path("runs") / f"{asked.data.recipe}-{asked.seed}"
+    watcher = _Console(quiet=as_json)
+    try:
+        summary = run(asked, folder, cache, resume, watcher)
+    finally:
+        watcher.close()
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        _closing(folder, watcher.console)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")], as_json: JsonOption = False
+) -> None:
+    """Write report.html of a run folder anew, from its logs alone, and print its table.
+
+    Example: [bold]motet report runs/demo[/bold]
+    """
+    from motet.report import summary_table, write_report
+
+    path = write_report(folder)
+    if as_json:
+        summary = folder / "summary.json"
+        content = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+        typer.echo(json.dumps({"report": str(path), "summary": content}, indent=2))
+        return
+    console = Console()
+    if (folder / "evaluation.json").exists():
+        console.print(summary_table(folder))
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def choose(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    context: Annotated[Path, typer.Option("--context", help="Choices of one person: prompt, chosen, rejected.")],
+    pairs: Annotated[Path, typer.Option("--pairs", help="What to predict: prompt, first, second.")],
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict what a new person will choose, from a few of its choices. No training.
+
+    Example: [bold]motet choose runs/demo --context examples/me.jsonl --pairs examples/new.jsonl[/bold]
+    """
+    from motet.person import predict, prediction_table
+
+    predicted = predict(folder, context, pairs, cache)
+    if as_json:
+        typer.echo(json.dumps(predicted, indent=2))
+    else:
+        console = Console()
+        for line in predicted["said"]:
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(prediction_table(predicted))
+
+
+@app.command()
+def bench(
+    only: Annotated[list[str] | None, typer.Option("--only", help="Names of benchmarks; default: all.")] = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what the speed claims rest on, on this machine.
+
+    Example: [bold]motet bench --json[/bold]
+    """
+    from motet.bench import bench_table, run_benches
+
+    console = Console(stderr=True)
+    result = run_benches(only, cache, lambda text: console.print(text, highlight=False))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(bench_table(result))
+
+
+@app.command()
+def papers(
+    config: Annotated[Path | None, typer.Argument(help="A run's config.toml; default: everything motet builds on.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Citations for what a run uses.
+
+    Example: [bold]motet papers runs/demo/config.toml[/bold]
+    """
+    from motet.papers import citations
+
+    found = citations(config)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for entry in found:
+        typer.echo(f"{entry['for']}:\n  {entry['citation']}")
+
+
+class _Console:
+    """Draws bars for whoever sits at a terminal, and lines for whoever reads a log."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=quiet, quiet=quiet and not sys.stderr.isatty())
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.last_said = 0.0
+
+    def said(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def dealt(self, deal: "Deal") -> None:
+        from motet.data.partition import print_deal
+
+        for sentence in deal.said:
+            self.said(sentence)
+        print_deal(deal, self.console)
+
+    def features(self, done: int, total: int) -> None:
+        self._bar("reading answers", done, total, f"{done:,} of {total:,} tokens")
+
+    def round(self, log: "RoundLog", rounds: int, accuracy: Mapping[str, float] | None) -> None:
+        note = f"loss {log.figures.get('choice_loss', float('nan')):.3f}"
+        if accuracy:
+            self.last = f", accuracy {sum(accuracy.values()) / len(accuracy):.1%}"
+        self._bar("rounds", log.round, rounds, note + getattr(self, "last", ""))
+
+    def close(self) -> None:
+        self.bars.stop()
+
+    def _bar(self, name: str, done: int, total: int, note: str) -> None:
+        if not self.console.is_terminal:
+            # a log gets a line every ten seconds, not a bar
+            if time.monotonic() - self.last_said > 10 or done >= total:
+                self.last_said = time.monotonic()
+                self.said(f"{name}: {done:,} of {total:,}; {note}")
+            return
+        if name not in self.tasks:
+            self.bars.start()
+            self.tasks[name] = self.bars.add_task(name, total=total, note=note)
+        self.bars.update(self.tasks[name], completed=done, total=total, note=note)
+
+
+def _closing(folder: Path, console: Console) -> None:
+    from motet.report import summary_table
+
+    console.print(summary_table(folder))
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _one_line_warning(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/yellow] {_plain(str(message))}", highlight=False)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

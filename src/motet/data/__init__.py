@@ -1,0 +1,1 @@
+"""Preference pairs: read from files and hubs, dealt to clients, and one small set that ships with the package."""

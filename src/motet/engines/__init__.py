@@ -1,0 +1,1 @@
+"""How clients are reached: in this process, or over a network."""

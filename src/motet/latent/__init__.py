@@ -1,0 +1,1 @@
+"""Taste as a latent variable: posterior, prior, prototypes. Pure functions of named tensors."""

@@ -1,0 +1,128 @@
+"""What travels, and nothing else: pairs into a client, a broadcast to it, a reply from it.
+
+In:  texts (``Pair``) and their embeddings (``ClientData``), which never leave their owner.
+Out: ``Reply``, the one type that leaves a client, and ``Broadcast``, the one type that reaches it.
+
+Both are flat: a few numbers and named tensors. On the wire they are safetensors, so a round trip is
+bit-exact, nothing is executed on reading, and the bytes that a ledger reports are the bytes sent.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load, save
+from torch import Tensor
+
+Memory = Mapping[str, Tensor]
+"""What a client keeps for itself between rounds. It lives on the client's disk and never travels."""
+
+
+class Turn(NamedTuple):
+    """One message of a dialogue."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, and which of them somebody chose."""
+
+    prompt: tuple[Turn, ...]
+    """The dialogue up to the answer; its last turn is the user's."""
+    chosen: str
+    rejected: str
+    client: str | None = None
+    """Whose pair it is, where the data says so."""
+    axis: str | None = None
+    """The axis of preference. Known to evaluation only, never shown to training."""
+    group: str = ""
+    """What may never straddle a split: by default the prompt, see :func:`prompt_group`."""
+
+    def mirrored(self) -> "Pair":
+        """The same pair with the opposite choice."""
+        return Pair(self.prompt, self.rejected, self.chosen, self.client, self.axis, self.group)
+
+
+def prompt_group(prompt: tuple[Turn, ...]) -> str:
+    """A short, stable name for a prompt; prompts that differ only in case and white space share it."""
+    plain = "\x1e".join(f"{turn.role}\x1f{' '.join(turn.content.split()).casefold()}" for turn in prompt)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The embedded pairs of one client. Made at the client, used at the client."""
+
+    client_id: int
+    chosen: Float[Tensor, "pairs hidden"]
+    """Embedding of each chosen answer, whitened."""
+    rejected: Float[Tensor, "pairs hidden"]
+    scalars: Float[Tensor, "pairs scalars"]
+    """What the frozen model itself says, chosen minus rejected: mean log-likelihood in nats per token, and the
+    choice log-odds where they were computed."""
+
+    def __len__(self) -> int:
+        return int(self.chosen.shape[0])
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What one client is sent at the start of a round."""
+
+    round: int
+    tensors: Mapping[str, Tensor]
+
+    def serialised(self) -> bytes:
+        """The payload as it would travel."""
+        return save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """All that ever leaves a client."""
+
+    client_id: int
+    weight: float
+    """Number of pairs behind it."""
+    tensors: Mapping[str, Tensor]
+
+    def serialised(self) -> bytes:
+        """The payload as it would travel."""
+        return save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+
+
+def tensors_from(payload: bytes) -> dict[str, Tensor]:
+    """The named tensors of a payload, bit for bit as they were serialised."""
+    return dict(load(payload))
+
+
+@dataclass(frozen=True)
+class RoundLog:
+    """One line of ``rounds.jsonl``."""
+
+    round: int
+    cohort: tuple[int, ...]
+    seconds: float
+    bytes_up: int
+    """Serialised bytes of all replies of the round."""
+    bytes_down: int
+    """Serialised bytes of all broadcasts of the round."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What the algorithm reports of itself, e.g. loss and KL in nats."""
+    assignment: Mapping[int, int] = field(default_factory=dict)
+    """Prototype of each known client after the round; empty where an algorithm assigns none."""
+
+
+def generator(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator of its own for each purpose, e.g. ``generator(seed, "client", 3, "round", 7)``.
+
+    The name decides the numbers, so client 3 draws the same in round 7 in every engine and in any order.
+    """
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

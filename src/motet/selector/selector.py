@@ -1,0 +1,324 @@
+"""The variational selector: which of two answers somebody with a given taste chooses.
+
+In:  embeddings of answers by a frozen language model, a taste (or pairs to infer it from).
+Out: margins (log-odds of a choice, in nats), rewards of single answers, and the loss of one client.
+
+FedVPA-GP (arXiv 2605.30873), Sec. 4. We differ in four ways:
+1. the taste meets the answers (``bilinear``, ``film``). The published head, ``additive``, adds f(z) to two choice
+   logits: it cannot see the answers, so it can express a habit of choosing the first one, but no taste;
+2. each answer is embedded in a forward pass of its own, so margins are antisymmetric: swapping flips the sign exactly;
+3. the posterior is inferred from a ``context``, the loss taken on disjoint ``target`` pairs. The published code infers
+   the taste from the very pair it then labels, so the label leaks (``same_pair``, reproduction only);
+4. what the frozen model itself thinks (log-likelihood, choice log-odds) enters as ``scalars`` with learnt weights.
+
+Everything is a pure function of named tensors, so one call serves a whole cohort (``torch.func.vmap``).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from motet.config import Section
+from motet.latent.layers import Parameters, linear, mlp, start_linear, start_mlp
+from motet.latent.posterior import posterior, sample, start_posterior
+from motet.latent.prior import component_weights, kl_monte_carlo, kl_upper_bound
+from motet.latent.prototypes import orthogonal_loss, start_prototypes
+
+
+class SelectorSettings(Section):
+    """Shape of the selector and of its loss."""
+
+    latent: int = Field(32, ge=1)
+    """Dimensions of the taste z (paper: 32)."""
+    head: Literal["bilinear", "film", "additive"] = "bilinear"
+    """How the taste meets the answers. ``additive`` is the published form and cannot see the answers."""
+    embedding_conditioning: bool = False
+    """Add <B z, embedding> to the reward: the authors' later z-to-embedding map, on cached embeddings."""
+    extractor: tuple[int, ...] = ()
+    """Widths of the feature extractor F; empty uses the whitened embedding as it is (paper: 512, 256, 128)."""
+    trunk: tuple[int, ...] = (64,)
+    """Widths of the posterior's trunk (paper: 512, 256, 128)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of hidden units dropped in extractor and trunk while training (paper: 0.1)."""
+    pooling: Literal["mean", "product"] = "product"
+    """How a set of pairs becomes one posterior: mean of trunk outputs, or product of Gaussian experts."""
+    max_log_variance: float = 4.0
+    """Upper bound of the log-variance of an expert (``product``) or of the posterior (``mean``; paper: -4)."""
+    start_log_variance: float = 1.0
+    """Log-variance with which experts start."""
+    same_pair: bool = False
+    """Infer the taste from the very pair that is labelled. It leaks the label; reproduction only (paper: true)."""
+    context_pairs: int = Field(16, ge=1)
+    """Most pairs in a context; its size is drawn from 1 to this number in each local step."""
+    target_pairs: int = Field(32, ge=1)
+    """Most pairs on which the loss of one local step is taken."""
+    samples: int = Field(4, ge=1)
+    """Draws of z for the loss and for the Monte-Carlo KL; fewer than 4 make the KL very noisy."""
+    kl: Literal["monte-carlo", "upper-bound"] = "monte-carlo"
+    """How the KL to the mixture is computed."""
+    kl_weight: float = Field(0.01, ge=0)
+    """Weight of the KL in the loss (paper: 0.1)."""
+    orthogonal_weight: float = Field(0.1, ge=0)
+    """Weight of the orthogonal loss (paper: 1)."""
+    gamma: float = Field(0.1, ge=0)
+    """Weight of orthonormality inside the orthogonal loss (paper: 0.1)."""
+    anchor_weight: float = Field(1.0, ge=0)
+    """Weight of the choice loss at the client's own prototype, beside the one under its posterior (paper: 0)."""
+    prototypes: int = Field(2, ge=1)
+    """Number of prototypes M."""
+    prototype_scale: float = Field(5.0, gt=0)
+    """Distance of a prototype's taste from the origin (paper: 5)."""
+    broad_weight: float = Field(0.05, ge=0, lt=1)
+    """Least weight of the broad N(0, I) component of the prior (paper: none)."""
+
+
+class Answers(NamedTuple):
+    """Some answers, ready to be scored."""
+
+    embedding: Float[Tensor, "rows hidden"]
+    features: Float[Tensor, "rows features"]
+
+
+class Draws(NamedTuple):
+    """All randomness of one local step of one client; stacked over clients for a batch."""
+
+    context_mask: Float[Tensor, " context"]
+    target_mask: Float[Tensor, " target"]
+    noise: Float[Tensor, "samples latent"]
+    gumbel: Float[Tensor, " components"]
+    slot: Float[Tensor, " target"]
+    """+1 or -1: which slot of the comparison held the chosen answer. Only the additive head looks at it."""
+    keep: tuple[Tensor, ...]
+    """Dropout masks: extractor layers, then trunk layers; empty without dropout."""
+
+
+class Rows(NamedTuple):
+    """The embeddings that one local step of one client looks at."""
+
+    context_chosen: Float[Tensor, "context hidden"]
+    context_rejected: Float[Tensor, "context hidden"]
+    target_chosen: Float[Tensor, "target hidden"]
+    target_rejected: Float[Tensor, "target hidden"]
+    target_scalars: Float[Tensor, "target scalars"]
+
+
+class PriorTensors(NamedTuple):
+    """The prior as one client is sent it: its own posterior is not in it."""
+
+    means: Float[Tensor, "known latent"]
+    log_scales: Float[Tensor, "known latent"]
+    log_mass: Float[Tensor, " known"]
+
+
+def start_parameters(
+    settings: SelectorSettings, hidden: int, scalars: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Fresh parameters for embeddings of width ``hidden``; everything that the clients train together."""
+    parameters = start_mlp("extractor", hidden, settings.extractor, generator)
+    features = settings.extractor[-1] if settings.extractor else hidden
+    parameters |= start_posterior(
+        features, settings.latent, settings.trunk, settings.start_log_variance, generator
+    )
+    latent = settings.latent
+    if settings.head == "bilinear":
+        parameters["selector.shared"] = torch.zeros(features)
+        # small, not zero: at zero the taste would get no gradient, and the posterior none either
+        scale = 0.1 / (features * latent) ** 0.5
+        parameters["selector.personal"] = torch.randn(features, latent, generator=generator) * scale
+    elif settings.head == "film":
+        parameters["selector.shared"] = torch.randn(features, generator=generator) * 0.1 / features**0.5
+        parameters |= start_linear("selector.film", latent, 2 * features, generator)
+    else:
+        parameters |= start_mlp("selector.additive", latent, (64, 32, 2), generator)
+    if settings.embedding_conditioning:
+        weight = torch.randn(hidden, latent, generator=generator) * 0.001  # the authors' N(0, 0.001^2)
+        parameters |= {"selector.embedding.weight": weight, "selector.embedding.bias": torch.zeros(hidden)}
+    parameters["selector.scalars"] = torch.zeros(scalars)
+    parameters["prototypes"] = start_prototypes(settings.prototypes, latent, generator)
+    return parameters
+
+
+def answers(
+    parameters: Parameters, settings: SelectorSettings, embedding: Float[Tensor, "rows hidden"], keep: Sequence[Tensor] = ()
+) -> Answers:
+    """Run the feature extractor once, so that many tastes can score the same answers."""
+    return Answers(embedding, mlp(parameters, "extractor", len(settings.extractor), embedding, keep))
+
+
+def reward(
+    parameters: Parameters, settings: SelectorSettings, taste: Float[Tensor, "*tastes latent"], rows: Answers
+) -> Float[Tensor, "*scores"]:
+    """Reward of each answer under a taste, in nats, up to a constant that no choice can see.
+
+    Args:
+        parameters: The selector.
+        settings: Its shape.
+        taste: One taste for all answers (shape ``latent`` or ``... 1 latent``) or one an answer (``... rows latent``).
+        rows: The answers.
+
+    Returns:
+        Rewards, shape ``... rows``. What the frozen model itself says (``scalars``) is not in it.
+    """
+    features = rows.features
+    if settings.head == "bilinear":
+        direction = parameters["selector.shared"] + taste @ parameters["selector.personal"].T
+        score = (direction * features).sum(dim=-1)
+    elif settings.head == "film":
+        gain, shift = linear(parameters, "selector.film", taste).chunk(2, dim=-1)
+        # bounded as in SPL (arXiv 2603.12595); the ReLU keeps the shift from cancelling in the difference
+        modulated = F.relu((1 + 0.5 * torch.tanh(gain)) * features + torch.tanh(shift))
+        score = (modulated * parameters["selector.shared"]).sum(dim=-1)
+    else:
+        score = (taste * 0).sum(dim=-1) + torch.zeros_like(features[..., 0])  # content-blind, by construction
+    if settings.embedding_conditioning:
+        score = score + (linear(parameters, "selector.embedding", taste) * rows.embedding).sum(dim=-1)
+    return score
+
+
+def margin(
+    parameters: Parameters,
+    settings: SelectorSettings,
+    taste: Float[Tensor, "*tastes latent"],
+    first: Answers,
+    second: Answers,
+    scalars: Float[Tensor, "pairs scalars"],
+    slot: Float[Tensor, " pairs"] | None = None,
+) -> Float[Tensor, "*margins"]:
+    """Log-odds, in nats, that the first answer of each pair is chosen.
+
+    FedVPA-GP, Eq. (2), with the taste meeting the answers. Antisymmetric: swapping the answers (and the sign of
+    ``scalars``) flips the sign of every margin, exactly.
+
+    Args:
+        parameters: The selector.
+        settings: Its shape.
+        taste: One taste for all pairs, or one a pair; see :func:`reward`.
+        first: Answers asked about.
+        second: Answers they are held against.
+        scalars: What the frozen model says, first minus second.
+        slot: For the additive head in training: +1 where the first answer was shown as A, -1 where as B. ``None``
+            averages both orders, in which everything that f(z) can say cancels.
+    """
+    log_odds = reward(parameters, settings, taste, first) - reward(parameters, settings, taste, second)
+    log_odds = log_odds + scalars @ parameters["selector.scalars"]
+    if settings.head == "additive" and slot is not None:
+        logits = mlp(parameters, "selector.additive", 3, taste)
+        log_odds = log_odds + slot * (logits[..., 0] - logits[..., 1])
+    return log_odds
+
+
+def infer(
+    parameters: Parameters,
+    settings: SelectorSettings,
+    difference: Float[Tensor, "pairs features"],
+    mask: Float[Tensor, " pairs"],
+    keep: Sequence[Tensor] = (),
+) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
+    """Posterior of a person's taste from features of its pairs, chosen minus rejected: mean and log_scale."""
+    return posterior(
+        parameters, difference, mask, len(settings.trunk), settings.pooling, settings.max_log_variance, keep
+    )
+
+
+def client_loss(
+    parameters: Parameters,
+    prior_logits: Float[Tensor, " components"],
+    rows: Rows,
+    draws: Draws,
+    prior: PriorTensors,
+    assigned: Float[Tensor, " prototypes"],
+    settings: SelectorSettings,
+    temperature: float,
+    orthogonal_weight: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
+    """Loss of one client in one local step, in nats per pair; it is run for many clients at once.
+
+    FedVPA-GP, Eq. (11): mean over targets of softplus(-margin) + kl_weight KL(q || p) + orthogonal_weight L_ortho.
+
+    Returns:
+        The loss, and its parts for the log: choice loss, KL, orthogonal loss (unweighted).
+    """
+    layers = len(settings.extractor)
+    context, target = rows.context_chosen.shape[0], rows.target_chosen.shape[0]
+    stacked = torch.cat([rows.context_chosen, rows.context_rejected, rows.target_chosen, rows.target_rejected])
+    features = answers(parameters, settings, stacked, draws.keep[:layers]).features
+    seen_chosen, seen_rejected, chosen, rejected = features.split([context, context, target, target])
+    trunk_keep = draws.keep[layers:]
+
+    if settings.same_pair:
+        difference = chosen - rejected
+        alone = torch.ones(1, dtype=difference.dtype, device=difference.device)
+        mean, log_scale = torch.func.vmap(
+            lambda row, *keep: infer(parameters, settings, row.unsqueeze(0), alone, [k.unsqueeze(0) for k in keep])
+        )(difference, *trunk_keep)
+        taste = sample(mean, log_scale, draws.noise.unsqueeze(1))  # samples x target x latent
+        weight = draws.target_mask / draws.target_mask.sum().clamp(min=1)
+        log_weights = component_weights(
+            prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight
+        )
+        parts = _with_broad(prior)
+        kl = (torch.func.vmap(lambda m, s, z: _kl(settings, z, m, s, *parts, log_weights))(
+            mean, log_scale, taste.transpose(0, 1)
+        ) * weight).sum()
+        pull = taste.mean(dim=0)
+    else:
+        mean, log_scale = infer(parameters, settings, seen_chosen - seen_rejected, draws.context_mask, trunk_keep)
+        taste = sample(mean, log_scale, draws.noise).unsqueeze(1)  # samples x 1 x latent
+        log_weights = component_weights(
+            prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight
+        )
+        kl = _kl(settings, taste.squeeze(1), mean, log_scale, *_with_broad(prior), log_weights)
+        pull = taste.squeeze(1)
+
+    first, second = Answers(rows.target_chosen, chosen), Answers(rows.target_rejected, rejected)
+
+    def choice_loss(taste: Tensor) -> Tensor:
+        log_odds = margin(parameters, settings, taste, first, second, rows.target_scalars, draws.slot)
+        per_pair = F.softplus(-log_odds).mean(dim=0) * draws.target_mask
+        return per_pair.sum() / draws.target_mask.sum().clamp(min=1)
+
+    choice = choice_loss(taste)
+    ortho = orthogonal_loss(pull, parameters["prototypes"], assigned, settings.prototype_scale, settings.gamma)
+    loss = choice + settings.kl_weight * kl + orthogonal_weight * ortho
+    if settings.anchor_weight:
+        # the maximisation step of EM: the selector itself learns what each prototype's taste prefers, so a prototype
+        # means something before the encoder finds it, and evidence can tell prototypes apart
+        anchor = (settings.prototype_scale * assigned @ parameters["prototypes"]).view(1, 1, -1)
+        loss = loss + settings.anchor_weight * choice_loss(anchor) * assigned.sum()
+    return loss, torch.stack([choice, kl, ortho])
+
+
+def bayes_responsibilities(
+    log_weights: Float[Tensor, " components"], log_likelihood: Float[Tensor, " components"]
+) -> Float[Tensor, " components"]:
+    """How likely each component of the population is, once a person's context was seen.
+
+    r_k proportional to w_k exp(sum over the context of log sigmoid(margin under z_k)). Ours; it is exact Bayes over the
+    components' centres.
+    """
+    return torch.softmax(log_weights + log_likelihood, dim=-1)
+
+
+def _with_broad(prior: PriorTensors) -> tuple[Tensor, Tensor]:
+    """Means and log_scales of the known components and, last, of N(0, I)."""
+    nil = torch.zeros_like(prior.means[:1]) if prior.means.shape[0] else prior.means.new_zeros(1, prior.means.shape[1])
+    return torch.cat([prior.means, nil]), torch.cat([prior.log_scales, nil])
+
+
+def _kl(
+    settings: SelectorSettings,
+    taste: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    means: Tensor,
+    log_scales: Tensor,
+    log_weights: Tensor,
+) -> Tensor:
+    if settings.kl == "upper-bound":
+        return kl_upper_bound(mean, log_scale, means, log_scales, log_weights)
+    return kl_monte_carlo(taste, mean, log_scale, means, log_scales, log_weights)
