@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 
 OutOption = Annotated[Path, typer.Option("--out", help="Run folder; it is made, and must not hold another run.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on the other.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON on standard output, everything else on the other.")
+]
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="Feature cache (default: $MOTET_CACHE or ~/.cache/motet).")
 ]
@@ -41,13 +43,21 @@ def main() -> None:
     """Entry point of the command ``motet``."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    warnings.showwarning = _one_line_warning
+    warnings.showwarning = _one_line_warning  # type: ignore[assignment]
     try:
         app(args=arguments, prog_name="motet")
     except MotetError as error:
         if debug:
             raise
         Console(stderr=True, soft_wrap=True).print(f"[red]motet:[/red] {_plain(str(error))}", highlight=False)
+        sys.exit(2)
+    except OSError as error:  # no room, no right to write, a file where a folder should be
+        if debug:
+            raise
+        where = f" {str(error.filename)!r}" if error.filename is not None else ""
+        Console(stderr=True, soft_wrap=True).print(
+            f"[red]motet:[/red] {_plain(f'cannot use{where}: {error.strerror or error}')}", highlight=False
+        )
         sys.exit(2)
     except KeyboardInterrupt as stop:
         if debug:
@@ -68,9 +78,9 @@ def demo(
 
     Example: [bold]motet demo[/bold]
     """
+    from motet.experiment import resolve as settle
     from motet.experiment import run
     from motet.federated.server import has_checkpoint
-    from motet.experiment import resolve as settle
 
     asked = settle("voices", {"clients": 24}, None, seed)
     watcher = _Console(quiet=as_json)
@@ -95,11 +105,19 @@ def demo(
 
 @app.command(name="run")
 def run_command(
-    recipe: Annotated[str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/RECIPE-SEED).")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")] = None,
-    words: Annotated[list[str] | None, typer.Option("--set", help="A setting, e.g. --set clients=40; repeatable.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")
+    ] = None,
+    words: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, e.g. --set clients=40; repeatable.")
+    ] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="true, or coin-flip: a leak test.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides the deal and everything that is drawn.")] = None,
@@ -125,7 +143,9 @@ def run_command(
             raise ConfigError("--resume needs --out, the folder of the run to go on with")
         config = out / "config.toml" if (out / "config.toml").exists() else None
     if recipe is None and config is None:
-        raise ConfigError("a recipe is needed, got none; motet run voices needs no data, motet run --help lists them all")
+        raise ConfigError(
+            "a recipe is needed, got none; motet run voices needs no data, motet run --help lists them all"
+        )
     asked = settle(recipe, table, config, seed)
     folder = out if out is not None else Path("runs") / f"{asked.data.recipe}-{asked.seed}"
     watcher = _Console(quiet=as_json)
@@ -155,7 +175,7 @@ def report(
         content = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
         typer.echo(json.dumps({"report": str(path), "summary": content}, indent=2))
         return
-    console = Console()
+    console = _console()
     if (folder / "evaluation.json").exists():
         console.print(summary_table(folder))
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
@@ -179,7 +199,7 @@ def choose(
     if as_json:
         typer.echo(json.dumps(predicted, indent=2))
     else:
-        console = Console()
+        console = _console()
         for line in predicted["said"]:
             console.print(line, highlight=False, soft_wrap=True)
         console.print(prediction_table(predicted))
@@ -202,12 +222,14 @@ def bench(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
-        Console().print(bench_table(result))
+        _console().print(bench_table(result))
 
 
 @app.command()
 def papers(
-    config: Annotated[Path | None, typer.Argument(help="A run's config.toml; default: everything motet builds on.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="A run's config.toml; default: everything motet builds on.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Citations for what a run uses.
@@ -228,7 +250,8 @@ class _Console:
     """Draws bars for whoever sits at a terminal, and lines for whoever reads a log."""
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=quiet, quiet=quiet and not sys.stderr.isatty())
+        self.console = _console(stderr=quiet)
+        self.began = time.monotonic()
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -265,14 +288,27 @@ class _Console:
     def _bar(self, name: str, done: int, total: int, note: str) -> None:
         if not self.console.is_terminal:
             # a log gets a line every ten seconds, not a bar
-            if time.monotonic() - self.last_said > 10 or done >= total:
-                self.last_said = time.monotonic()
-                self.said(f"{name}: {done:,} of {total:,}; {note}")
+            now = time.monotonic()
+            if name not in self.tasks:
+                self.tasks[name] = now
+            if now - self.last_said > 10 or done >= total:
+                self.last_said = now
+                left = (now - self.tasks[name]) * (total - done) / max(done, 1)
+                self.said(
+                    f"{name}: {done / max(total, 1):.0%}, {note}"
+                    + (f", about {left:.0f} s left" if done < total else "")
+                )
             return
         if name not in self.tasks:
             self.bars.start()
             self.tasks[name] = self.bars.add_task(name, total=total, note=note)
         self.bars.update(self.tasks[name], completed=done, total=total, note=note)
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console; where nobody looks at a terminal it is wide enough for the tables, not the usual 80 columns."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 132)
 
 
 def _closing(folder: Path, console: Console) -> None:

@@ -53,7 +53,7 @@ from motet.evaluation.people import (
     mean_correct,
     same_pair_probabilities,
 )
-from motet.federated.server import ROUNDS, Progress, RunSettings, has_checkpoint, run_rounds
+from motet.federated.server import ROUNDS, Progress, RunSettings, check_checkpoint, has_checkpoint, run_rounds
 from motet.records import ClientData, Pair, RoundLog
 from motet.report import write_report
 from motet.selector.backbone import Backbone, BackboneSettings, Item, find_device, open_backbone
@@ -154,7 +154,7 @@ def resolve(
     if recipe is not None:
         asked.setdefault("data", {})["recipe"] = recipe
     preset = asked.get("run", {}).get("preset", file.get("run", {}).get("preset", "default"))
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; {nearest(str(preset), PRESETS)}")
     built: dict[str, Any] = {}
     for name, kind in TABLES.items():
@@ -165,7 +165,7 @@ def resolve(
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigError(f"seed must be a whole number of 0 or more, got {number!r}")
     method = file.get("method", "fedvpa")
-    if method not in ALGORITHMS:
+    if not isinstance(method, str) or method not in ALGORITHMS:
         raise ConfigError(f"unknown method {method!r} in {place}; {nearest(str(method), ALGORITHMS)}")
     return Settings(**built, seed=number, method=method)
 
@@ -227,9 +227,7 @@ def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | N
             axes = tuple(pair.axis or "all" for pair in person.test)
             shared[id(person.test)] = HeldOut(*take(person.test), axes, tuple(pair.group for pair in person.test))
         data = ClientData(person.client_id, *take(person.train))
-        people.append(
-            Judged(person.client_id, person.name, person.seen, person.axis, data, shared[id(person.test)])
-        )
+        people.append(Judged(person.client_id, person.name, person.seen, person.axis, data, shared[id(person.test)]))
     pairs = {person.client_id: person.train for person in deal.people}
     return Prepared(deal, tuple(people), pairs, whitening, backbone.fingerprint, seconds, len(table.row_of))
 
@@ -258,10 +256,16 @@ def run(
         raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
     if out.exists() and not out.is_dir():
         raise RunError(f"{str(out)!r} is a file; --out wants a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the run folder {str(out)!r} cannot be made ({error.strerror}); choose another --out") from None
     with _locked(out):
         prepared = prepare(asked, cache, watcher, out / "quarantine.jsonl")
         asked = _completed(asked, prepared.deal)
+        identity = _identity(asked, prepared)
+        if resume:  # before the folder is written to: a run that is refused must stay as it was
+            check_checkpoint(out, FedVPA.name, identity, asked.run.rounds)
         write_toml(out / "config.toml", asked.tables())
         write_atomically(out / "deal.json", _json(deal_table(prepared.deal)))
         seen = [person.context for person in prepared.people if person.seen]
@@ -277,15 +281,12 @@ def run(
             watcher.round(log, asked.run.rounds, found)
             return found
 
-        identity = _identity(asked, prepared)
         state = run_rounds(algorithm, engine, asked.run, asked.seed, out, identity, watch, resume)
         watcher.said("judging on pairs that nobody trained on")
         return conclude(asked, prepared, algorithm, state, out)
 
 
-def conclude(
-    asked: Settings, prepared: Prepared, algorithm: FedVPA, state: FedVPAState, out: Path
-) -> dict[str, Any]:
+def conclude(asked: Settings, prepared: Prepared, algorithm: FedVPA, state: FedVPAState, out: Path) -> dict[str, Any]:
     """Judge a trained state, and write all that a run folder holds beside its log."""
     names = _prototype_names(algorithm.assignment(state), prepared.deal, asked.algorithm.prototypes)
     selector = as_selector(asked, state, prepared.whitening, names)
@@ -330,9 +331,7 @@ def conclude(
     return summary
 
 
-def as_selector(
-    asked: Settings, state: FedVPAState, whitening: Whitening, names: tuple[str, ...] = ()
-) -> Selector:
+def as_selector(asked: Settings, state: FedVPAState, whitening: Whitening, names: tuple[str, ...] = ()) -> Selector:
     """A state as something that can be asked."""
     counts = state.prior.counts
     prior = PriorTensors(state.prior.means, state.prior.log_scales, (counts / counts.sum().clamp(min=1)).log())
@@ -531,13 +530,13 @@ SHARED, ORACLE = "shared reward, no taste", "oracle, true groups pooled"
 WORDS, CHARACTERS = "length only (words)", "length only (characters)"
 
 
-def _controls(
-    prepared: Prepared, axes: Sequence[str], seed: int
-) -> dict[str, tuple[dict[str, Estimate], Estimate]]:
+def _controls(prepared: Prepared, axes: Sequence[str], seed: int) -> dict[str, tuple[dict[str, Estimate], Estimate]]:
     """Shared reward, lengths and oracle, on the same features, pairs and people."""
     people = {person.client_id: person for person in prepared.people}
     holders: list[Person] = list(prepared.deal.people)
-    features: dict[str, dict[str, list[Any]]] = {axis: {"x": [], "words": [], "characters": [], "g": []} for axis in axes}
+    features: dict[str, dict[str, list[Any]]] = {
+        axis: {"x": [], "words": [], "characters": [], "g": []} for axis in axes
+    }
     for person in holders:
         if not person.seen:
             continue

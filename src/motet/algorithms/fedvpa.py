@@ -3,7 +3,7 @@
 In:  clients with a few embedded pairs each.
 Out: one selector for everybody, and a posterior over taste for each client, which is all that tells people apart.
 
-Koo, Kim, Jang, Ok: FedVPA-GP, ICML 2026 (arXiv 2605.30873), Algorithm 1, stage 1. Numbered departures, preset ``paper``
+Koo, Kim, Jang, Ok: FedVPA-GP, ICML 2026 (arXiv 2605.30873), stage 1. Numbered departures, preset ``paper``
 keeps the published side of each:
 1. context and target are disjoint sets (see ``selector``); 2. the taste meets the answers (``bilinear``);
 3. parameters are averaged by number of pairs; 4. the prior excludes the client itself, has a broad component and a
@@ -30,7 +30,6 @@ from motet.latent.prior import Merged, gumbel_noise, merge, without
 from motet.latent.prototypes import assign, cluster, match, orthonormal
 from motet.records import Broadcast, ClientData, Memory, Reply, generator
 from motet.selector.selector import (
-    Answers,
     Draws,
     PriorTensors,
     Rows,
@@ -59,7 +58,7 @@ class FedVPASettings(SelectorSettings):
     aggregation: Literal["pairs", "plain"] = "pairs"
     """Average parameters by number of pairs, or count each client once (paper: plain)."""
     assignment: Literal["evidence", "posterior"] = "evidence"
-    """How clients get their prototypes: by the loss of their pairs under each, or by clustering posterior means (paper)."""
+    """How clients get their prototypes: by the loss of their pairs under each, or by clusters of posteriors (paper)."""
     balance: float = Field(1.0, ge=0, le=1)
     """1: groups of equal size, 0: sizes are free (paper claims 1)."""
     warmup_rounds: int = Field(3, ge=0)
@@ -78,6 +77,7 @@ PAPER = {
     "kl_weight": 0.1, "orthogonal_weight": 1.0, "gamma": 0.1, "prototype_scale": 5.0, "broad_weight": 0.0,
     "local_steps": 30, "learning_rate": 1e-3, "weight_decay": 0.01, "aggregation": "plain", "assignment": "posterior",
     "balance": 1.0, "warmup_rounds": 0, "temperature": 1.0, "statistic": "trained", "latent": 32,
+    "anchor_weight": 0.0,
 }  # fmt: skip
 """Preset ``paper``: the published form and figures wherever ours differ."""
 
@@ -120,9 +120,7 @@ class FedVPA:
         ids = torch.zeros(0, dtype=torch.long)
         centres = s.prototype_scale * parameters["prototypes"]
         losses = torch.zeros(0, s.prototypes)
-        return FedVPAState(
-            0, parameters, ids, nobody, nobody, losses, ids, centres, nothing, torch.zeros(len(FIGURES))
-        )
+        return FedVPAState(0, parameters, ids, nobody, nobody, losses, ids, centres, nothing, torch.zeros(len(FIGURES)))
 
     def broadcast(self, state: FedVPAState, round: int, client_id: int) -> Broadcast:
         """Parameters, the prior without the client itself, and its prototype (one-hot; zeros if it has none yet)."""
@@ -363,9 +361,10 @@ def _rows(data: tuple[Tensor, ...], index: Tensor, context: int) -> Rows:
 def _stack_draws(drawn: Sequence[Draws]) -> Draws:
     plain = [torch.stack(parts) for parts in list(zip(*drawn, strict=True))[:-1]]
     keep = tuple(torch.stack(masks) for masks in zip(*(d.keep for d in drawn), strict=True))
-    return Draws(*plain, keep)
+    return Draws(plain[0], plain[1], plain[2], plain[3], plain[4], keep)
 
 
 def _at(draws: Draws, step: int, device: torch.device) -> Draws:
     plain = [part[:, step].to(device) for part in draws[:-1]]
-    return Draws(*plain, tuple(mask[:, step].to(device) for mask in draws.keep))
+    keep = tuple(mask[:, step].to(device) for mask in draws.keep)
+    return Draws(plain[0], plain[1], plain[2], plain[3], plain[4], keep)

@@ -62,7 +62,7 @@ class DataSettings(Section):
     test_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts that people are judged on. Left out: what the recipe says, mostly 0.25."""
     public_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the prompts that the server gets as texts without choices. Left out: what the recipe says, mostly 0.1."""
+    """Share of the prompts that the server gets as texts without choices. Left out: the recipe's, mostly 0.1."""
     split: str = "train"
     """Split of a hub data set, or of a folder that datasets saved with several."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

@@ -89,9 +89,7 @@ def _estimate(mean: float, resampled: NDArray[np.float64]) -> Estimate:
     return Estimate(float(mean), float(low), float(high))
 
 
-def calibration(
-    probability: NDArray[np.float64], bins: int = 10
-) -> tuple[float, list[dict[str, float]]]:
+def calibration(probability: NDArray[np.float64], bins: int = 10) -> tuple[float, list[dict[str, float]]]:
     """Expected calibration error, and the bins of the reliability diagram.
 
     Args:
@@ -140,7 +138,7 @@ def adjusted_rand(assigned: Mapping[int, int], truth: Mapping[int, str]) -> floa
 
 
 def gap_closed(reached: float, shared: float, oracle: float) -> float | None:
-    """(accuracy - shared) / (oracle - shared): how much of what a personal taste can bring was brought.
+    """How much of what a personal taste can bring was brought: (accuracy - shared) / (oracle - shared) (E15).
 
     ``None`` where shared and oracle lie within 0.02: there is no gap to close, and the quotient would be noise.
     """

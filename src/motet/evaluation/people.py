@@ -9,7 +9,7 @@ contexts are drawn from a person's own training pairs only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class EvaluationSettings(Section):
 
     inference: Inference = "amortised"
     """Which inference the headline figures use; both are always reported."""
-    contexts: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 4, 8, 16), min_length=1)
     """Numbers of context pairs; the largest gives the headline."""
     context_draws: int = Field(4, ge=1)
     """Random contexts a person and size, averaged."""
@@ -119,6 +119,4 @@ def same_pair_probabilities(selector: Selector, test: HeldOut) -> Float[Tensor, 
 
 def mean_correct(probabilities: Mapping[int, Float[Tensor, "draws pairs"]]) -> dict[int, Float[Tensor, " pairs"]]:
     """Share of drawn contexts under which each pair is judged rightly; a tie counts half."""
-    return {
-        client: ((p > 0.5).float() + 0.5 * (p == 0.5).float()).mean(dim=0) for client, p in probabilities.items()
-    }
+    return {client: ((p > 0.5).float() + 0.5 * (p == 0.5).float()).mean(dim=0) for client, p in probabilities.items()}

@@ -59,7 +59,7 @@ def train_together(
     for step in range(local_steps):
         optimiser.zero_grad(set_to_none=True)
         losses, figures = batched(shared, own, *inputs(step))
-        losses.sum().backward()
+        torch.autograd.backward(losses.sum())
         optimiser.step()
         total = figures.detach() if total is None else total + figures.detach()
     mean = total / local_steps if total is not None else torch.zeros(0)

@@ -50,7 +50,9 @@ class Algorithm(Protocol[State]):
 
 
 def weighted_mean(many: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Mean of named tensors, weighted; summed in the order given, in float64, and returned in the type that came.
+    """Weighted mean of named tensors, ``docs/equations.md`` (E14).
+
+    Summed in the order given, in float64, and returned in the type that came.
 
     Raises:
         MessageError: Nothing to average, weights that are negative or all zero, or tensors that differ between clients.
@@ -59,7 +61,9 @@ def weighted_mean(many: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
         raise MessageError("no reply to average: 0 clients answered; raise the cohort or look at the clients' logs")
     total = float(sum(weights))
     if min(weights) < 0 or not total > 0:
-        raise MessageError(f"weights must be 0 or more and not all 0, got {list(weights)}; does a client hold no pairs?")
+        raise MessageError(
+            f"weights must be 0 or more and not all 0, got {list(weights)}; does a client hold no pairs?"
+        )
     names = set(many[0])
     for index, tensors in enumerate(many):
         if set(tensors) != names:

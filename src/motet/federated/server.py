@@ -111,6 +111,7 @@ def run_rounds(
         raise ConfigError("0 clients to train with; check the deal")
     done, state = 0, algorithm.start(len(sites))
     if resume:
+        check_checkpoint(folder, algorithm.name, identity, settings.rounds)
         done, state = _resume(algorithm, engine, folder, identity)
     else:
         write_atomically(folder / ROUNDS, b"")
@@ -156,6 +157,20 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / CHECKPOINT).exists()
 
 
+def check_checkpoint(folder: Path, algorithm: str, identity: str, rounds: int) -> None:
+    """Hold that the run in a folder can go on so, before anything in the folder is touched.
+
+    Raises:
+        RunError: There is no checkpoint, it cannot be read, it is of another run, or it has more rounds already.
+    """
+    done, _ = _read(folder, algorithm, identity)
+    if done > rounds:
+        raise RunError(
+            f"rounds must be {done} or more to go on with {str(folder)!r}, which has {done} behind it, got {rounds}; "
+            "raise it, or choose another --out"
+        )
+
+
 def _cohort(sites: Sequence[int], size: int, seed: int, round: int) -> list[int]:
     """The clients of one round, drawn without replacement, ascending."""
     order = torch.randperm(len(sites), generator=generator(seed, "cohort", round))[: min(size, len(sites))]
@@ -174,7 +189,8 @@ def _save(
     write_atomically(folder / CHECKPOINT, save(tensors, metadata=metadata))
 
 
-def _resume(algorithm: Algorithm[State], engine: Engine, folder: Path, identity: str) -> tuple[int, State]:
+def _read(folder: Path, algorithm: str, identity: str) -> tuple[int, dict[str, Tensor]]:
+    """Round and tensors of a checkpoint, if it is of this run."""
     path = folder / CHECKPOINT
     if not path.exists():
         raise RunError(f"there is no checkpoint in {str(folder)!r} to resume from; run without --resume")
@@ -183,12 +199,19 @@ def _resume(algorithm: Algorithm[State], engine: Engine, folder: Path, identity:
             metadata: Mapping[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"the checkpoint in {str(folder)!r} cannot be read ({error}); start anew in another folder") from None
-    if metadata.get("identity") != identity or metadata.get("algorithm") != algorithm.name:
+        raise RunError(
+            f"the checkpoint in {str(folder)!r} cannot be read ({error}); start anew in another folder"
+        ) from None
+    if metadata.get("identity") != identity or metadata.get("algorithm") != algorithm:
         raise RunError(
             f"the checkpoint in {str(folder)!r} belongs to a run with other settings, data or model; "
             "resume with the settings of its config.toml, or choose another --out"
         )
+    return int(metadata["round"]), tensors
+
+
+def _resume(algorithm: Algorithm[State], engine: Engine, folder: Path, identity: str) -> tuple[int, State]:
+    done, tensors = _read(folder, algorithm.name, identity)
     memories: dict[int, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -199,7 +222,6 @@ def _resume(algorithm: Algorithm[State], engine: Engine, folder: Path, identity:
             client, field = rest.split("/", 1)
             memories.setdefault(int(client), {})[field] = tensor
     engine.memories = memories
-    done = int(metadata["round"])
     kept = []
     for line in (folder / ROUNDS).read_text(encoding="utf-8").splitlines() if (folder / ROUNDS).exists() else []:
         try:

@@ -3,7 +3,7 @@
 In:  features of pairs, chosen minus rejected: a *set*, so neither order nor padding may matter.
 Out: mean and log_scale of a diagonal Gaussian over taste.
 
-FedVPA-GP (arXiv 2605.30873), Sec. 4, the variational encoder. We differ in two ways:
+FedVPA-GP (arXiv 2605.30873), the variational encoder. We differ in two ways:
 1. one posterior for a set of pairs, as the formula q(z | D_i) says; the authors' code encodes each pair alone;
 2. ``product`` pooling multiplies one Gaussian per pair with the prior N(0, I), so many pairs make a narrow
    posterior and one pair a wide one; ``mean`` pooling averages the trunk's outputs, and its width is learnt.
@@ -48,7 +48,7 @@ def posterior(
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
     """q(taste | pairs): mean and log_scale.
 
-    FedVPA-GP, Eq. (1) with set pooling.
+    FedVPA-GP's q(z | D_i), with set pooling: ``docs/equations.md`` (E1).
 
     Args:
         parameters: Trunk and heads by name.
@@ -78,7 +78,7 @@ def product_of_experts(
     log_variances: Float[Tensor, "pairs latent"],
     mask: Float[Tensor, " pairs"],
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
-    """N(0, I) times one Gaussian per pair, normalised: precisions add up.
+    """N(0, I) times one Gaussian per pair, normalised: precisions add up. ``docs/equations.md`` (E2).
 
     Returns:
         Mean and log_scale of the product.
@@ -89,7 +89,9 @@ def product_of_experts(
 
 
 def sample(
-    mean: Float[Tensor, "*batch latent"], log_scale: Float[Tensor, "*batch latent"], noise: Float[Tensor, "*many latent"]
+    mean: Float[Tensor, "*batch latent"],
+    log_scale: Float[Tensor, "*batch latent"],
+    noise: Float[Tensor, "*many latent"],
 ) -> Float[Tensor, "*draws latent"]:
     """Reparametrised draw; ``noise`` is standard normal and the caller's business. Shapes broadcast."""
     return mean + log_scale.exp() * noise
@@ -100,7 +102,7 @@ def posterior_statistics(
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
     """One Gaussian for several posteriors of the same client, by moment matching.
 
-    mean = E[mean], variance = E[variance] + Var[mean]: what a client uploads (FedVPA-GP, Sec. 4.2). For a latent of 32
+    mean = E[mean], variance = E[variance] + Var[mean]: what a client uploads (E3). For a latent of 32
     that is 32 + 32 float32 = 256 bytes. The variance is floored at 1e-3.
     """
     mean = means.mean(dim=0)

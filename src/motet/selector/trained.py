@@ -159,7 +159,9 @@ def load_selector(folder: Path) -> tuple[Selector, BackboneSettings, str]:
         )
         return selector, backbone, str(config["fingerprint"])
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise RunError(f"the selector in {str(folder)!r} is damaged ({error}); run it again in another folder") from None
+        raise RunError(
+            f"the selector in {str(folder)!r} is damaged ({error}); run it again in another folder"
+        ) from None
 
 
 _PARTS = ("parameters.", "prior.", "whitening.")

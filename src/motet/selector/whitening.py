@@ -47,17 +47,18 @@ def fit_whitening(
     dimensions: int,
     shrinkage: float,
 ) -> Whitening:
-    """Principal axes of public answers, divided by a shrunk standard deviation.
+    """Principal axes of public answers, divided by a shrunk standard deviation. ``docs/equations.md`` (E16).
 
     Args:
         embedding: Embeddings of public answers.
         scalars: What else is known of public pairs, first answer minus second; their order must mean nothing.
-        dimensions: At most so many axes are kept; never more than answers - 1. 0 keeps the embedding as it is.
+        dimensions: At most so many axes are kept; never more than answers - 1, or than vary. 0 keeps the
+            embedding as it is.
         shrinkage: Added to each variance, in units of the mean variance of the kept axes: 0 is full whitening, a
             large value keeps the axes' own scale. Axes seen in few answers are noisy, and this holds them back.
 
     Raises:
-        DataError: Fewer than 8 public answers.
+        DataError: Fewer than 8 public answers, or all of them the same.
     """
     # about zero, not about the mean: a pair could as well stand the other way round
     scale = scalars.square().mean(dim=0).sqrt().clamp(min=1e-3) if scalars.shape[0] else torch.ones(scalars.shape[1])
@@ -72,7 +73,13 @@ def fit_whitening(
     rows = embedding.double()
     mean = rows.mean(dim=0)
     _, singular, axes = torch.linalg.svd(rows - mean, full_matrices=False)
-    kept = min(dimensions, rows.shape[0] - 1, hidden)
+    rank = int((singular > 1e-7 * rows.norm()).sum())  # an axis that nothing varies along would be divided by nought
+    kept = min(dimensions, rows.shape[0] - 1, rank)
+    if kept == 0:
+        raise DataError(
+            f"whitening needs public answers that differ, got {rows.shape[0]} with one embedding; "
+            "give more data, or set whitening=0"
+        )
     variance = singular[:kept].square() / rows.shape[0]
     projection = axes[:kept].T / (variance + shrinkage * variance.mean()).sqrt()
     # the sign of a principal axis is arbitrary; fixed, so that every machine gets the same map

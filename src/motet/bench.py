@@ -1,0 +1,232 @@
+"""Benchmarks: what the speed claims rest on, measured on the machine at hand.
+
+In:  nothing but this package and, for the language model, the packaged demo model.
+Out: one entry a claim: the ratio, the two sides of it, and the target.
+
+Timings on shared machines are noisy: both sides of a ratio are timed in turn within one process, several times, and the
+median of the ratios counts. Memory is the peak of a fresh process.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from motet.algorithms.fedvpa import FedVPA, FedVPASettings, FedVPAState
+from motet.config import nearest
+from motet.data.recipes import DataSettings, load_recipe
+from motet.engines.local import LocalEngine
+from motet.errors import ConfigError, MotetError
+from motet.experiment import Silent, default_cache, prepare, resolve
+from motet.latent.prior import merge
+from motet.records import ClientData, generator
+from motet.selector.backbone import BackboneSettings, CausalBackbone, Item, batches, open_backbone
+
+Say = Callable[[str], None]
+REPEATS = 5
+
+
+def run_benches(only: Sequence[str] | None, cache: Path | None, say: Say) -> dict[str, Any]:
+    """Run the benchmarks by name, or all of them.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    for name in only or ():
+        if name not in BENCHES:
+            raise ConfigError(f"unknown benchmark {name!r}; {nearest(name, BENCHES)}")
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "benches": {}}
+    for name, bench in BENCHES.items():
+        if only and name not in only:
+            continue
+        say(f"{name} ...")
+        found["benches"][name] = bench(cache or default_cache())
+    return found
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Measurements for people to read."""
+    table = Table("benchmark", "measured", "target", "reached", "what was compared")
+    for name, row in result["benches"].items():
+        shown = f"{row['value']:.2f} {row['unit']}"
+        table.add_row(name, shown, row["target"], "yes" if row["reached"] else "no", row["compared"])
+    return table
+
+
+def cached_rounds(cache: Path) -> dict[str, Any]:
+    """A round on cached features against a round that runs the backbone over the cohort's pairs again."""
+    asked = resolve("voices", {"clients": 24, "cohort": 10})
+    prepared = prepare(asked, cache, Silent())
+    seen = [person.context for person in prepared.people if person.seen]
+    cohort = list(range(10))
+    texts: dict[tuple[Any, str], None] = {}
+    for client in cohort:
+        for pair in prepared.pairs[client]:
+            texts |= {(pair.prompt, pair.chosen): None, (pair.prompt, pair.rejected): None}
+    items: list[Item] = list(texts)
+    backbone = open_backbone(asked.backbone, cache)
+    algorithm = FedVPA(asked.algorithm, seen[0].chosen.shape[1], seen[0].scalars.shape[1], 0)
+    engine = LocalEngine(algorithm, seen, 32)
+    state, rounds = algorithm.start(len(seen)), []
+    for round in range(1, 8):
+        started = time.perf_counter()
+        state = _round(algorithm, engine, state, round, cohort)
+        rounds.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    for _ in backbone.embed(items):
+        pass
+    reading = time.perf_counter() - started
+    seconds = statistics.median(rounds)
+    return _entry(
+        (reading + seconds) / seconds, "times", ">= 50", lambda v: v >= 50,
+        "a cached round against one that runs the backbone over the cohort's answers",
+        seconds_cached=seconds, seconds_reading=reading, texts=len(items),
+    )  # fmt: skip
+
+
+def batched_clients(cache: Path) -> dict[str, Any]:
+    """64 clients in one batch against the same 64 one after another, default settings."""
+    clients = _made_up(64, pairs=24, hidden=128)
+    algorithm = FedVPA(FedVPASettings(), 128, 1, 0)
+    state = algorithm.start(64)
+    state = _round(algorithm, LocalEngine(algorithm, clients, 64), state, 1, range(64))
+    ratios, together, alone = [], [], []
+    for repeat in range(REPEATS):
+        for batch, into in ((64, together), (1, alone)):
+            engine = LocalEngine(algorithm, clients, batch)
+            packets = {c.client_id: algorithm.broadcast(state, 2 + repeat, c.client_id) for c in clients}
+            started = time.perf_counter()
+            engine.ask("update", 2 + repeat, packets)
+            into.append(time.perf_counter() - started)
+        ratios.append(alone[-1] / together[-1])
+    return _entry(
+        statistics.median(ratios), "times", ">= 8", lambda v: v >= 8,
+        "64 clients in one batch against 64 batches of one",
+        seconds_together=statistics.median(together), seconds_alone=statistics.median(alone),
+    )  # fmt: skip
+
+
+def extraction(cache: Path) -> dict[str, Any]:
+    """Tokens per second of feature extraction against bare forward passes over the same batches."""
+    backbone = open_backbone(BackboneSettings(), cache)
+    if not isinstance(backbone, CausalBackbone):
+        raise MotetError("the extraction benchmark needs a causal language model")
+    deal = load_recipe(DataSettings(recipe="voices"), 0)
+    items: list[Item] = [(pair.prompt, pair.chosen) for pair in deal.people[0].train[:48]]
+    lengths = backbone.tokens(items)
+    plan = list(batches(lengths, backbone.settings.token_budget))
+    total = sum(lengths)
+
+    def bare() -> None:
+        for batch in plan:
+            width = max(lengths[i] for i in batch)
+            ids = torch.randint(5, 1000, (len(batch), width), generator=generator(0, "bench"), dtype=torch.long)
+            with torch.inference_mode():
+                backbone.model(input_ids=ids.to(backbone.device), use_cache=False)
+
+    def ours() -> None:
+        for _ in backbone.embed(items):
+            pass
+
+    bare(), ours()
+    ratios, speeds = [], []
+    for _ in range(REPEATS):
+        seconds = []
+        for work in (bare, ours):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+        ratios.append(seconds[0] / seconds[1])
+        speeds.append(total / seconds[1])
+    return _entry(
+        statistics.median(ratios), "of bare speed", ">= 0.85", lambda v: v >= 0.85,
+        "tokens per second of extraction (tokenising, pooling, likelihood) against model(input_ids), same lengths",
+        tokens_per_second=statistics.median(speeds), tokens=total,
+    )  # fmt: skip
+
+
+def known_clients(cache: Path) -> dict[str, Any]:
+    """A round (cohort 100) with 10,000 known clients against one with 100; in a fresh process, with its peak memory."""
+    code = "from motet.bench import _known_clients; _known_clients()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MotetError(f"the benchmark of 10,000 clients failed: {done.stderr.strip().splitlines()[-1:]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def _known_clients() -> None:
+    clients = _made_up(100, pairs=12, hidden=128)
+    algorithm = FedVPA(FedVPASettings(), 128, 1, 0)
+    states = {known: _populated(algorithm, known) for known in (100, 10_000)}
+    seconds: dict[int, list[float]] = {100: [], 10_000: []}
+    ratios = []
+    for repeat in range(REPEATS + 1):
+        for known in (100, 10_000):
+            engine = LocalEngine(algorithm, clients, 32)
+            started = time.perf_counter()
+            states[known] = _round(algorithm, engine, states[known], 5 + repeat, range(100))
+            seconds[known].append(time.perf_counter() - started)
+        ratios.append(seconds[10_000][-1] / seconds[100][-1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+    entry = _entry(
+        statistics.median(ratios[1:]), "times", "<= 1.3, under 2,048 MiB", lambda v: v <= 1.3 and peak < 2048,
+        "a round of cohort 100 with 10,000 known clients against one with 100",
+        seconds_100=statistics.median(seconds[100][1:]), seconds_10000=statistics.median(seconds[10_000][1:]),
+        peak_mebibytes=peak,
+    )  # fmt: skip
+    print(json.dumps(entry))
+
+
+def _populated(algorithm: FedVPA, known: int) -> FedVPAState:
+    """A state that knows so many clients, in two groups."""
+    settings = algorithm.settings
+    state = algorithm.start(known)
+    g = generator(0, "bench", known)
+    means = torch.randn(known, settings.latent, generator=g) * 0.3
+    means[: known // 2, 0] += 4
+    evidence = torch.rand(known, settings.prototypes, generator=g)
+    scales = torch.full((known, settings.latent), -1.0)
+    return FedVPAState(
+        4, state.parameters, torch.arange(known), means, scales, evidence,
+        torch.arange(known) % settings.prototypes, state.centres, merge(means, scales, settings.prior_components),
+        state.last,
+    )  # fmt: skip
+
+
+def _round(
+    algorithm: FedVPA, engine: LocalEngine, state: FedVPAState, round: int, cohort: Sequence[int]
+) -> FedVPAState:
+    packets = {client: algorithm.broadcast(state, round, client) for client in cohort}
+    return algorithm.server_update(state, engine.ask("update", round, packets)[0])
+
+
+def _made_up(clients: int, pairs: int, hidden: int) -> list[ClientData]:
+    made = []
+    for client in range(clients):
+        g = generator(0, "made up", client)
+        rows = [torch.randn(pairs, hidden, generator=g) for _ in range(2)]
+        made.append(ClientData(client, rows[0], rows[1], torch.zeros(pairs, 1)))
+    return made
+
+
+def _entry(
+    value: float, unit: str, target: str, reached: Callable[[float], bool], compared: str, **sides: float
+) -> dict[str, Any]:
+    return {"value": value, "unit": unit, "target": target, "reached": bool(reached(value)), "compared": compared, **sides}
+
+
+BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "cached-rounds": cached_rounds,
+    "batched-clients": batched_clients,
+    "extraction": extraction,
+    "known-clients": known_clients,
+}

@@ -1,0 +1,185 @@
+"""A new person: a few choices in, probabilities out, no training.
+
+In:  the folder of a finished run, a file with the person's choices, a file with pairs to predict.
+Out: for each pair the probability of the first answer, amortised and by Bayes, and what the taste looks like.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.table import Table
+from torch import Tensor
+
+from motet.data.pairs import read_pairs
+from motet.errors import DataError, RunError
+from motet.experiment import default_cache
+from motet.records import Pair, Turn, prompt_group
+from motet.selector.backbone import Backbone, open_backbone
+from motet.selector.features import choice_log_odds, embeddings
+from motet.selector.trained import Selector, load_selector
+
+UNSURE = 0.7
+"""Below this share of the population's weight on one prototype, a context does not say which it is."""
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A trained selector and its frozen language model: texts in, probabilities out."""
+
+    selector: Selector
+    backbone: Backbone
+    choice: bool
+    cache: Path | None
+
+    def taste(self, pairs: Sequence[Pair]) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
+        """Posterior of a person's taste from its choices: mean and log_scale. No pairs give the population's."""
+        chosen, rejected, _ = self.embed(pairs)
+        return self.selector.infer(chosen, rejected)
+
+    def probability(self, taste: Float[Tensor, " latent"], pairs: Sequence[Pair]) -> Float[Tensor, " pairs"]:
+        """Probability, under a taste, that the answer in ``chosen`` is preferred to the one in ``rejected``."""
+        return torch.sigmoid(self.selector.margins(taste.unsqueeze(0), *self.embed(pairs)))[0]
+
+    def probability_by_bayes(self, context: Sequence[Pair], pairs: Sequence[Pair]) -> Float[Tensor, " pairs"]:
+        """The same, averaged over the population, each component weighed by how well it explains the context."""
+        weights = self.responsibilities(context)
+        return weights @ torch.sigmoid(self.selector.margins(self.selector.prior.means, *self.embed(pairs)))
+
+    def responsibilities(self, context: Sequence[Pair]) -> Float[Tensor, " components"]:
+        """How likely each component of the population is for somebody who chose so."""
+        return self.selector.responsibilities(self.selector.log_likelihoods(*self.embed(context)).sum(dim=1))
+
+    def embed(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+        """Whitened embeddings of both answers of each pair, and the scalars, first minus second."""
+        said = embeddings(self.backbone, [(p.prompt, a) for p in pairs for a in (p.chosen, p.rejected)], self.cache)
+        white = self.selector.whitening(said.embedding)
+        columns = [said.log_likelihood[0::2] - said.log_likelihood[1::2]]
+        if self.choice:
+            duels = [(p.prompt, p.chosen, p.rejected) for p in pairs]
+            columns.append(choice_log_odds(self.backbone, duels, self.cache))
+        return white[0::2], white[1::2], torch.stack(columns, dim=1) / self.selector.whitening.scalar_scale
+
+
+def open_chooser(folder: Path, cache: Path | None = None) -> Chooser:
+    """The selector of a finished run, with the language model it was trained on.
+
+    Raises:
+        RunError: The folder holds no selector, or the language model at hand is not the one it was trained on.
+    """
+    selector, settings, fingerprint = load_selector(folder)
+    cache = cache or default_cache()
+    backbone = open_backbone(settings, cache)
+    if backbone.fingerprint != fingerprint:
+        raise RunError(
+            f"the selector in {str(folder)!r} was trained on embeddings of another model or number type: it wants "
+            f"{settings.model!r} with fingerprint {fingerprint}, got {backbone.fingerprint}; use the same model files "
+            "and set dtype to what the run used"
+        )
+    return Chooser(selector, backbone, settings.choice_log_odds, cache)
+
+
+def predict(folder: Path, context: Path, pairs: Path, cache: Path | None = None) -> dict[str, Any]:
+    """What ``motet choose`` prints.
+
+    Args:
+        folder: A finished run.
+        context: The person's choices, in any form that ``read_pairs`` takes.
+        pairs: JSON lines with prompt, first, second (or prompt, chosen, rejected, to be predicted blind).
+        cache: Feature cache.
+    """
+    chooser = open_chooser(folder, cache)
+    known = read_pairs(context).pairs
+    asked = read_questions(pairs)
+    shared = {p.group for p in known} & {p.group for p in asked}
+    mean, log_scale = chooser.taste(known)
+    names = _unique(chooser.selector.axes_names)
+    tastes = chooser.selector.prototype_tastes()
+    share = torch.zeros(len(names)).index_add_(
+        0, torch.cdist(chooser.selector.prior.means, tastes).argmin(dim=1), chooser.responsibilities(known)
+    )
+    near = torch.linalg.vector_norm(tastes - mean, dim=1)
+    amortised, bayes = chooser.probability(mean, asked), chooser.probability_by_bayes(known, asked)
+    said = [
+        f"taste inferred from {len(known)} choices; nearest prototype: {names[int(near.argmin())]}; "
+        f"by Bayes {share.max():.0%} {names[int(share.argmax())]}"
+    ]
+    if share.max() < UNSURE:
+        said.append("these choices fit several kinds of people; give more of them before relying on the predictions")
+    if shared:
+        said.append(f"{len(shared)} prompts stand in both files; predictions on them are not a test")
+    return {
+        "taste": mean.tolist(),
+        "taste_scale": log_scale.exp().tolist(),
+        "distance_to_prototypes": dict(zip(names, near.tolist(), strict=True)),
+        "share_of_prototypes": dict(zip(names, share.tolist(), strict=True)),
+        "pairs": [
+            {"prompt": pair.prompt[-1].content, "first": pair.chosen, "second": pair.rejected,
+             "probability_first": float(a), "probability_first_bayes": float(b)}
+            for pair, a, b in zip(asked, amortised, bayes, strict=True)
+        ],
+        "said": said,
+    }  # fmt: skip
+
+
+def read_questions(path: Path) -> tuple[Pair, ...]:
+    """Pairs of answers whose better one is to be predicted: prompt, first, second, a JSON line each.
+
+    Raises:
+        DataError: The file is missing, empty, or a line is not as described; the message has the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(
+            f"there is no file {str(path)!r}; --pairs wants JSON lines with prompt, first, second"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{str(path)!r} is not UTF-8 text; --pairs wants JSON lines with prompt, first, second"
+        ) from None
+    result = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path.name}:{number} is not JSON: {error.msg}") from None
+        result.append(_question(row, f"{path.name}:{number}"))
+    if not result:
+        raise DataError(f"{path.name} holds no pair; give JSON lines with prompt, first, second")
+    return tuple(result)
+
+
+def prediction_table(predicted: Mapping[str, Any]) -> Table:
+    """Predictions for people to read."""
+    table = Table("prompt", "first answer", "second answer", "P(first)", "by Bayes")
+    for row in predicted["pairs"]:
+        shown = [_short(row[name]) for name in ("prompt", "first", "second")]
+        table.add_row(*shown, f"{row['probability_first']:.1%}", f"{row['probability_first_bayes']:.1%}")
+    return table
+
+
+def _question(row: Any, place: str) -> Pair:
+    if not isinstance(row, dict):
+        raise DataError(f"{place} must be an object with prompt, first, second, got {type(row).__name__}")
+    names = ("first", "second") if "first" in row else ("chosen", "rejected")
+    missing = [n for n in ("prompt", *names) if not isinstance(row.get(n), str) or not row[n].strip()]
+    if missing:
+        raise DataError(f"{place} must have the texts prompt, first, second, but {missing[0]!r} is missing or empty")
+    prompt = (Turn("user", row["prompt"]),)
+    return Pair(prompt, row[names[0]], row[names[1]], group=prompt_group(prompt))
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
+
+
+def _short(text: str, most: int = 36) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
