@@ -98,7 +98,9 @@ def batched_clients(cache: Path) -> dict[str, Any]:
     algorithm = FedVPA(FedVPASettings(), 128, 1, 0)
     state = algorithm.start(64)
     state = _round(algorithm, LocalEngine(algorithm, clients, 64), state, 1, range(64))
-    ratios, together, alone = [], [], []
+    together: list[float] = []
+    alone: list[float] = []
+    ratios = []
     for repeat in range(REPEATS):
         for batch, into in ((64, together), (1, alone)):
             engine = LocalEngine(algorithm, clients, batch)
@@ -136,7 +138,8 @@ def extraction(cache: Path) -> dict[str, Any]:
         for _ in backbone.embed(items):
             pass
 
-    bare(), ours()
+    bare()
+    ours()
     ratios, speeds = [], []
     for _ in range(REPEATS):
         seconds = []
@@ -221,7 +224,14 @@ def _made_up(clients: int, pairs: int, hidden: int) -> list[ClientData]:
 def _entry(
     value: float, unit: str, target: str, reached: Callable[[float], bool], compared: str, **sides: float
 ) -> dict[str, Any]:
-    return {"value": value, "unit": unit, "target": target, "reached": bool(reached(value)), "compared": compared, **sides}
+    return {
+        "value": value,
+        "unit": unit,
+        "target": target,
+        "reached": bool(reached(value)),
+        "compared": compared,
+        **sides,
+    }
 
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {

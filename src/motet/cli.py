@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 from motet.errors import MotetError
 
@@ -22,7 +23,21 @@ if TYPE_CHECKING:
     from motet.data.partition import Deal
     from motet.records import RoundLog
 
+
+class _Interruptible(TyperGroup):
+    """Says what to do after a Ctrl-C, which typer itself would end in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            said = f"{stop}; go on with --resume" if str(stop) else "stopped"
+            Console(stderr=True).print(f"motet: {said}", highlight=False)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Interruptible,
     help="Federated preference alignment that keeps conflicting tastes apart.",
     no_args_is_help=True,
     add_completion=False,
@@ -59,12 +74,6 @@ def main() -> None:
             f"[red]motet:[/red] {_plain(f'cannot use{where}: {error.strerror or error}')}", highlight=False
         )
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        if debug:
-            raise
-        said = f"{stop}; go on with --resume" if str(stop) else "stopped"
-        Console(stderr=True).print(f"motet: {said}", highlight=False)
-        sys.exit(130)
 
 
 @app.command()

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
@@ -102,6 +103,7 @@ class Settings:
         return {"method": self.method, "seed": self.seed, **tables}
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Whoever looks on: the command line draws bars, a script may want nothing."""
 
@@ -233,7 +235,7 @@ def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | N
 
 
 def run(
-    asked: Settings, out: Path, cache: Path | None = None, resume: bool = False, watcher: Watcher | None = None
+    asked: Settings, out: Path | str, cache: Path | None = None, resume: bool = False, watcher: Watcher | None = None
 ) -> dict[str, Any]:
     """Run one experiment and leave a folder that tells everything about it.
 
@@ -251,7 +253,7 @@ def run(
         MotetError: See the message.
         Interrupted: On Ctrl-C while training; the folder can be resumed.
     """
-    watcher, cache = watcher or Silent(), cache or default_cache()
+    watcher, cache, out = watcher or Silent(), cache or default_cache(), Path(out)
     if not resume and (has_checkpoint(out) or (out / "summary.json").exists()):
         raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
     if out.exists() and not out.is_dir():
@@ -549,7 +551,7 @@ def _controls(prepared: Prepared, axes: Sequence[str], seed: int) -> dict[str, t
             into["characters"].append([_characters(pair)])
             into["g"].append(pair.group)
 
-    def fit(key: str, which: Sequence[str]) -> np.ndarray[Any, Any]:
+    def fit(key: str, which: Sequence[str]) -> NDArray[np.float64]:
         rows = [row for axis in which for row in features[axis][key]]
         width = len(rows[0]) if rows else len(next(iter(v["x"] for v in features.values() if v["x"]))[0])
         groups = [group for axis in which for group in features[axis]["g"]]

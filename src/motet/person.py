@@ -65,12 +65,13 @@ class Chooser:
         return white[0::2], white[1::2], torch.stack(columns, dim=1) / self.selector.whitening.scalar_scale
 
 
-def open_chooser(folder: Path, cache: Path | None = None) -> Chooser:
+def open_chooser(folder: Path | str, cache: Path | None = None) -> Chooser:
     """The selector of a finished run, with the language model it was trained on.
 
     Raises:
         RunError: The folder holds no selector, or the language model at hand is not the one it was trained on.
     """
+    folder = Path(folder)
     selector, settings, fingerprint = load_selector(folder)
     cache = cache or default_cache()
     backbone = open_backbone(settings, cache)

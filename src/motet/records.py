@@ -44,6 +44,12 @@ class Pair:
     group: str = ""
     """What may never straddle a split: by default the prompt, see :func:`prompt_group`."""
 
+    @classmethod
+    def of(cls, prompt: str, chosen: str, rejected: str) -> "Pair":
+        """A pair of a single-turn prompt."""
+        turns = (Turn("user", prompt),)
+        return cls(turns, chosen, rejected, group=prompt_group(turns))
+
     def mirrored(self) -> "Pair":
         """The same pair with the opposite choice."""
         return Pair(self.prompt, self.rejected, self.chosen, self.client, self.axis, self.group)

@@ -278,7 +278,7 @@ class FedVPA:
             return posterior_statistics(*torch.func.vmap(lambda d, m: infer(parameters, s, d, m))(picked, mask))
 
         device = data[0].device
-        means, log_scales = torch.func.vmap(one_client)(parameters, *data[:2], index.to(device), mask.to(device))
+        means, log_scales = torch.func.vmap(one_client)(parameters, data[0], data[1], index.to(device), mask.to(device))
         return means, log_scales
 
     def _evidence(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, Protocol
+from typing import Generic, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -50,6 +50,7 @@ class RunSettings(Section):
     """Rounds between looks at the held-out accuracy, for the curve only; 0 never looks before the end."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """How clients are reached. ``memories`` belong to the clients; only a simulation holds them in one place."""
 

@@ -68,7 +68,8 @@ def orthogonal_loss(
 def orthonormal(prototypes: Float[Tensor, "prototypes latent"]) -> Float[Tensor, "prototypes latent"]:
     """The nearest matrix with orthonormal rows (polar decomposition): what the server does after averaging."""
     u, _, v = torch.linalg.svd(prototypes, full_matrices=False)
-    return u @ v
+    nearest: Tensor = u @ v
+    return nearest
 
 
 def size_bounds(clients: int, groups: int, balance: float) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -235,8 +236,14 @@ class CausalBackbone:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         s = self.settings
+        # two models of equal weights still differ by what their config says, e.g. of rotary bases or logit scaling
+        config = self.model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(name, None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         parts = (
-            FORMAT, vocabulary, self.tokenizer.chat_template or PLAIN_TEMPLATE, COMPARISON, str(self.dtype), self.layer,
+            FORMAT, self.tokenizer.eos_token_id, self.tokenizer.bos_token, vocabulary,
+            self.tokenizer.chat_template or PLAIN_TEMPLATE, COMPARISON, str(self.dtype), self.layer,
             s.embedding_pooling, s.dialogue, s.max_prompt_tokens, s.max_answer_tokens,
         )  # fmt: skip
         digest.update(repr(parts).encode())

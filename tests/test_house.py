@@ -1,0 +1,129 @@
+"""Laws of the house: floors, stories, names, and what an import may bring along."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent / "src" / "motet"
+FILES = sorted(HOUSE.rglob("*.py"))
+NAMES = [str(path.relative_to(HOUSE)) for path in FILES]
+
+FLOORS = (
+    ("errors", "records", "config"),
+    ("data", "trust"),
+    ("latent",),
+    ("selector",),
+    ("federated",),
+    ("alignment", "evaluation"),
+    ("algorithms",),
+    ("engines",),
+    ("report",),
+    ("experiment",),
+    ("person", "papers", "bench"),
+    ("cli",),
+)
+"""A room may import from the floors below its own. Not all rooms are built yet."""
+STAIRS = {("records", "errors"), ("config", "errors")}
+"""Errors are everybody's."""
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+DULL = {"utils", "util", "helpers", "helper", "base", "common", "misc", "manager", "managers", "tools"}
+HEAVY = ("transformers", "datasets", "matplotlib", "trl", "sklearn", "torch")
+NETWORK = {"socket", "ssl", "http", "urllib", "requests", "httpx", "aiohttp", "huggingface_hub", "datasets", "grpc"}
+
+
+def room_of(path: Path) -> str:
+    """The first name below the package: a folder, or a file of its own."""
+    return path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports by dots; write motet.… in full"
+            yield node.lineno, node.module or ""
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def rooms_imported(path: Path) -> set[tuple[int, str]]:
+    return {(line, name.split(".")[1]) for line, name in imported(path) if name.startswith("motet.")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_room_imports_only_from_floors_below(name: str) -> None:
+    path = HOUSE / name
+    own = room_of(path)
+    if own == "__init__":
+        assert not rooms_imported(path), "motet itself imports nothing, so that --help answers at once"
+        return
+    assert own in FLOOR, f"{own} has no floor yet; give it one in {Path(__file__).name}"
+    for line, room in rooms_imported(path):
+        if room == own or (own, room) in STAIRS or room == "__version__":
+            continue
+        assert room in FLOOR, f"{name}:{line} imports motet.{room}, which has no floor"
+        where = "below" if FLOOR[room] < FLOOR[own] else "on the same floor" if FLOOR[room] == FLOOR[own] else "above"
+        assert where == "below", f"{name}:{line} imports {room}, which is {where}"
+
+
+def test_the_floors_test_sees_imports_inside_functions(tmp_path: Path) -> None:
+    file = tmp_path / "room.py"
+    file.write_text('"""A room."""\n\ndef late():\n    from motet.cli import main\n    import motet.bench\n')
+    assert {room for _, room in rooms_imported(file)} == {"cli", "bench"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_opens_with_its_story(name: str) -> None:
+    story = ast.get_docstring(ast.parse((HOUSE / name).read_text(encoding="utf-8")))
+    assert story, f"{name} must open with what comes in, what goes out and where it is from"
+    first = story.split("\n\n")[0]
+    assert first[0].isupper() or first.startswith("motet"), f"the story of {name} begins in the middle"
+    assert first.rstrip()[-1] in ".:", f"the story of {name} must begin with a sentence"
+
+
+def test_files_are_called_by_what_is_in_them() -> None:
+    dull = [name for name in NAMES if set(Path(name).with_suffix("").parts) & DULL]
+    assert not dull, f"{dull}: name the file after the noun somebody would search"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_executed_on_reading_and_no_device_is_fixed(name: str) -> None:
+    text = (HOUSE / name).read_text(encoding="utf-8")
+    for word in ("torch.load", "torch.save", "allow_pickle", "trust_remote_code", "yaml.load", "cuda:0"):
+        assert word not in text, f"{name} holds {word}"
+    brought = {full.split(".")[0] for _, full in imported(HOUSE / name)}
+    assert not brought & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}, name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("__init__.py")])
+def test_no_room_reaches_for_the_network_when_it_is_opened(name: str) -> None:
+    brought = {full.split(".")[0] for _, full in imported(HOUSE / name)}
+    assert not brought & (NETWORK | set(HEAVY)), f"{name} must stay light and quiet"
+
+
+QUIET = """
+import socket, sys
+
+def refuse(*_, **__):
+    raise SystemExit("an import reached for the network")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = refuse
+import motet, motet.cli
+print(" ".join(name for name in sys.argv[1:] if name in sys.modules))
+"""
+
+
+def test_the_command_line_starts_light_and_offline() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", QUIET, *HEAVY],
+        capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(HOUSE.parent), "PATH": ""},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "", f"import motet.cli brings {found.stdout.strip()}"
