@@ -5,12 +5,12 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_args
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, get_args
 import pytest
 from safetensors import safe_open
 from typer.main import get_command
+
+from toy_run import read, toy_run
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -30,6 +32,10 @@ DOTTED = re.compile(rf"`(?:motet\.)?((?:{'|'.join(ROOMS)})(?:\.\w+)+)(?:\([^`]*\
 PATHS = re.compile(r"`((?:src/motet/|tests/|scripts/|docs/|examples/)?[\w/-]+(?:\.py|/))`")
 
 
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
@@ -40,7 +46,8 @@ def section(page: str, heading: str) -> str:
     start = lines.index(heading)
     rank = heading.split()[0]
     stop = next(
-        (i for i, line in enumerate(lines[start + 1 :], start + 1) if re.match(rf"#{{1,{len(rank)}}} ", line)), len(lines)
+        (i for i, line in enumerate(lines[start + 1 :], start + 1) if re.match(rf"#{{1,{len(rank)}}} ", line)),
+        len(lines),
     )
     return "\n".join(lines[start + 1 : stop])
 
@@ -83,7 +90,7 @@ def found(dotted: str) -> Any:
 # every page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_a_page_names_exists(page: Path) -> None:
     text = text_of(page)
     for dotted in DOTTED.findall(text):
@@ -92,23 +99,27 @@ def test_what_a_page_names_exists(page: Path) -> None:
         try:
             found(dotted)
         except (AttributeError, ModuleNotFoundError):
-            pytest.fail(f"{page.name} names {dotted}, which does not exist")
+            pytest.fail(f"{name_of(page)} names {dotted}, which does not exist")
     for name in PATHS.findall(text):
         if name.startswith(("runs/", "path/")):
             continue
-        assert (ROOT / name).exists() or (HOUSE / name).exists(), f"{page.name} names {name}, which does not exist"
+        assert (ROOT / name).exists() or (HOUSE / name).exists(), f"{name_of(page)} names {name}, which does not exist"
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+        assert (page.parent / target).exists(), f"{name_of(page)} links to {target}, which does not exist"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_imports_shown_on_a_page_work(page: Path) -> None:
     for code in blocks(text_of(page), "python"):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("motet"):
                 module = importlib.import_module(node.module or "")
                 for alias in node.names:
-                    assert hasattr(module, alias.name), f"{page.name}: {node.module} has no {alias.name}"
+                    assert hasattr(module, alias.name), f"{name_of(page)}: {node.module} has no {alias.name}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "motet":
+                assert hasattr(importlib.import_module("motet"), node.attr), (
+                    f"{name_of(page)}: there is no motet.{node.attr}"
+                )
 
 
 def test_the_index_lists_every_page() -> None:
@@ -122,6 +133,13 @@ def test_the_picture_of_the_walk_is_the_same_in_the_readme() -> None:
     readme = ROOT / "README.md"
     if readme.exists() and "one line of a file" in text_of(readme):
         assert picture in text_of(readme)
+
+
+def test_the_public_names_are_on_the_walk_and_back() -> None:
+    import motet
+
+    assert sorted(keys(section("walk.md", "## The same from Python"))) == sorted(motet.__all__)
+    assert all(inspect.getdoc(getattr(motet, name)) for name in motet.__all__)
 
 
 # equations and words
@@ -141,7 +159,7 @@ def equations() -> Iterator[tuple[str, list[str]]]:
         yield tag, re.findall(r"`([^`]+)`", line)
 
 
-@pytest.mark.parametrize(("tag", "functions"), list(equations()), ids=lambda value: value if value is str else None)
+@pytest.mark.parametrize(("tag", "functions"), list(equations()), ids=[f"E{tag}" for tag, _ in equations()])
 def test_the_functions_of_an_equation_exist_and_know_their_tag(tag: str, functions: list[str]) -> None:
     documented = [inspect.getdoc(found(name)) or "" for name in functions]
     assert f"(E{tag})" in documented[0], f"the docstring of {functions[0]} does not mention (E{tag})"
@@ -236,9 +254,11 @@ def command_lines() -> Iterator[tuple[str, str]]:
     """Every ``motet …`` line in a code block or in backticks of a page, and in the help itself."""
     for page in PAGES:
         text = text_of(page)
-        lines = [line for body in blocks(text, "") + blocks(text, "bash") + blocks(text, "sh") for line in body.splitlines()]
+        lines = [
+            line for body in blocks(text, "") + blocks(text, "bash") + blocks(text, "sh") for line in body.splitlines()
+        ]
         lines += re.findall(r"`(motet [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-        yield from ((page.name, line.strip()) for line in lines if re.match(r"\s*(\$ )?motet \w", line))
+        yield from ((name_of(page), line.strip()) for line in lines if re.match(r"\s*(\$ )?motet \w", line))
     for name, command in commands().items():
         yield name, re.findall(r"\[bold\](.*?)\[/bold\]", command.help or "")[0]
 
@@ -254,22 +274,27 @@ def test_command_lines_on_the_pages_parse() -> None:
         options = {name for part in commands()[words[0]].params for name in part.opts}
         for word in words[1:]:
             option = word.partition("=")[0]
-            assert not word.startswith("-") or option in options | {"--help"}, f"{place}: no option {word!r} in {line!r}"
-        settings = [after for word, after in zip(words, words[1:], strict=False) if word == "--set" and after]
+            assert not word.startswith("-") or option in options | {"--help"}, (
+                f"{place}: no option {word!r} in {line!r}"
+            )
+        settings = [after for word, after in itertools.pairwise(words) if word == "--set"]
         resolve(None, parse_words(settings))
-        if settings or len(words) > 2:  # a whole line, not just a name
-            context = commands()[words[0]].make_context(words[0], words[1:], resilient_parsing="--config" == words[-1])
+        values = {
+            name for part in commands()[words[0]].params for name in part.opts if not getattr(part, "is_flag", False)
+        }
+        if len(words) > 1 and words[-1] not in values:  # a whole line, not the mention of a command or of an option
+            context = commands()[words[0]].make_context(words[0], words[1:])
             context.close()
         seen += 1
     assert seen > 15
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_given_on_a_page_exist(page: Path) -> None:
     from motet.config import parse_words
     from motet.experiment import resolve
 
-    for word in re.findall(r"--set ([\w.]+=[^\s`]+)", text_of(page)):
+    for word in re.findall(r"--set ([a-z_.]+=[^\s`;]+)", text_of(page)):
         resolve(None, parse_words([word]))
 
 
@@ -284,17 +309,9 @@ class Left(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Left]:
-    from motet.experiment import resolve, run
-
-    place = tmp_path_factory.mktemp("docs")
-    voices = resources.files("motet.data").joinpath("voices.jsonl").read_text(encoding="utf-8").splitlines()[:40]
-    (place / "voices.jsonl").write_text("\n".join(voices) + "\n", encoding="utf-8")
-    words = {"model": "toy", "data": str(place / "voices.jsonl"), "clients": 8, "rounds": 2, "cohort": 4}
-    words |= {"local_steps": 1, "context_draws": 1, "contexts": [0, 2, 4], "evaluate_every": 1, "whitening": 16}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOTET_CACHE", str(place / "cache"))
-        yield Left(place / "run", run(resolve("voices", words), place / "run"))
+def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
+    folder = toy_run(tmp_path_factory)
+    return Left(folder, read(folder, "summary.json"))
 
 
 def is_share_map(value: Any) -> bool:
@@ -321,9 +338,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def test_the_summary_has_the_keys_of_the_page(left: Left) -> None:
-    written = json.loads((left.folder / "summary.json").read_text(encoding="utf-8"))
-    assert written == left.summary
-    assert list(written) == keys(section("run-folder.md", "## summary.json"))
+    assert list(left.summary) == keys(section("run-folder.md", "## summary.json"))
 
 
 def test_the_summary_has_the_types_of_the_page(left: Left) -> None:
@@ -355,21 +370,19 @@ def test_a_run_leaves_the_files_of_the_page(left: Left) -> None:
 
 
 def test_logs_have_the_keys_of_the_page(left: Left) -> None:
-    def read(name: str) -> Any:
-        return json.loads((left.folder / name).read_text(encoding="utf-8"))
-
-    rounds = [json.loads(line) for line in (left.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["round"] for line in rounds] == [1, 2]
-    assert list(rounds[0]) == keys(section("run-folder.md", "## rounds.jsonl"))
-    assert list(read("deal.json")[0]) == keys(section("run-folder.md", "## deal.json"))
-    assert list(read("evaluation.json")) == keys(section("run-folder.md", "## evaluation.json"))
-    page = section("run-folder.md", "## evaluation.json")
-    for part, row in (("people", "people"), ("by_context", "by_context"), ("table", "table"), ("calibration", "calibration")):
-        meaning = next(cell[1] for cell in cells(page) if cell[0] == f"`{row}`")
-        assert set(read("evaluation.json")[part][0]) <= {*re.findall(r"`(\w+)`", meaning), *re.findall(r"\w+", meaning)}
-    config = [row for row in cells(section("run-folder.md", "## selector.safetensors and config.json")) if "…" not in row[0]]
-    named = [name for row in config for name in re.findall(r"`([^`.]+)`", row[0])]
-    assert sorted(read("config.json")) == sorted(named)
+    lines = (left.folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(json.loads(lines[-1])) == keys(section("run-folder.md", "## rounds.jsonl"))
+    assert list(read(left.folder, "deal.json")[0]) == keys(section("run-folder.md", "## deal.json"))
+    assert list(read(left.folder, "evaluation.json")) == keys(section("run-folder.md", "## evaluation.json"))
+    for row, meaning in cells(section("run-folder.md", "## evaluation.json")):
+        if row in ("`people`", "`by_context`", "`table`", "`calibration`"):
+            first = read(left.folder, "evaluation.json")[row.strip("`")][0]
+            unnamed = {name for name in first if f"`{name}`" not in row + meaning}
+            assert not unnamed, f"docs/run-folder.md does not say what {unnamed} of {row} is"
+    named = [
+        name for name in keys(section("run-folder.md", "## selector.safetensors and config.json")) if "." not in name
+    ]
+    assert list(read(left.folder, "config.json")) == named
 
 
 def test_tensors_have_the_names_of_the_page(left: Left) -> None:
@@ -380,9 +393,7 @@ def test_tensors_have_the_names_of_the_page(left: Left) -> None:
     assert names("posteriors.safetensors")[0] == set(keys(section("run-folder.md", "## posteriors.safetensors")))
     held = names("selector.safetensors")[0]
     page = keys(section("run-folder.md", "## selector.safetensors and config.json"))
-    assert {name for name in held if not name.startswith("parameters.")} == {name for name in page if "." in name} - {
-        "parameters.…"
-    }
+    assert {re.sub(r"^parameters\..*", "parameters.…", name) for name in held} == {name for name in page if "." in name}
     tensors, metadata = names("checkpoint.safetensors")
     text = section("run-folder.md", "## checkpoint.safetensors")
     assert {name.split("/")[0] for name in tensors} == set(re.findall(r"`(\w+)/…`", text))
@@ -390,10 +401,10 @@ def test_tensors_have_the_names_of_the_page(left: Left) -> None:
 
 
 def test_a_reply_holds_what_the_page_on_privacy_says() -> None:
+    import torch
+
     from motet.algorithms.fedvpa import FIGURES, FedVPA, FedVPASettings
     from motet.records import ClientData
-
-    import torch
 
     settings = FedVPASettings(local_steps=1)
     algorithm = FedVPA(settings, 6, 1, 0)

@@ -45,6 +45,12 @@ def toy_run(factory: Any) -> Path:
     return _made[0]
 
 
+def rounds_of(folder: Path) -> list[dict[str, Any]]:
+    """The log of a run, without the one figure that no clock repeats."""
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
 def read(folder: Path, name: str) -> Any:
     """A JSON file of a run folder; NaN and the like are no JSON."""
 

@@ -333,7 +333,7 @@ def _packaged_gguf(name: str, cache: Path) -> Path:
         if not whole.exists():
             whole.parent.mkdir(parents=True, exist_ok=True)
             part = whole.with_suffix(".part")
-            importlib.import_module(module).assemble(part)  # joins the parts and checks their sha256
+            importlib.import_module(module).assemble(part, overwrite=True)  # joins the parts and checks their sha256
             os.replace(part, whole)
         return whole
     files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))

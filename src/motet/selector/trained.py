@@ -146,6 +146,11 @@ def load_selector(folder: Path) -> tuple[Selector, BackboneSettings, str]:
         )
     try:
         config: Mapping[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise RunError(
+                f"the selector in {str(folder)!r} has format {config['format']!r}, this motet reads {FORMAT}; "
+                "use the motet that wrote it, or run again in another folder"
+            )
         tensors = load((folder / TENSORS).read_bytes())
         shape = build(SelectorSettings, config["selector"], f"[selector] of {CONFIG}")
         backbone = build(BackboneSettings, config["backbone"], f"[backbone] of {CONFIG}")
