@@ -113,7 +113,8 @@ def test_calibration_of_a_perfect_and_of_an_overconfident_predictor() -> None:
     assert all(row["low"] <= row["confidence"] <= row["high"] for row in bins)
     sure = np.array([0.95] * 60 + [0.05] * 40)
     error, bins = calibration(sure)
-    assert error == pytest.approx(0.35) and len(bins) == 1
+    assert error == pytest.approx(0.35)
+    assert len(bins) == 1
     assert (bins[0]["confidence"], bins[0]["accuracy"]) == (pytest.approx(0.95), pytest.approx(0.6))
 
 
@@ -183,7 +184,9 @@ def selector(components: int = 4, seed: int = 0) -> Selector:
     noise = generator(seed, "noise")
     parameters = {name: t + 0.4 * torch.randn(t.shape, generator=noise) for name, t in start.items()}
     means = 2 * torch.randn(components, LATENT, generator=noise)
-    prior = PriorTensors(means, torch.zeros(components, LATENT), torch.randn(components, generator=noise).log_softmax(0))
+    prior = PriorTensors(
+        means, torch.zeros(components, LATENT), torch.randn(components, generator=noise).log_softmax(0)
+    )
     return Selector(shape, parameters, prior, Whitening(torch.zeros(HIDDEN), torch.eye(HIDDEN), torch.ones(1)))
 
 

@@ -1,6 +1,5 @@
 """One run, from settings to a folder: every mistake has its sentence, nothing leaks, and a folder can be run again."""
 
-import fcntl
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
-from toy_run import SMALL, few_voices, read, rounds_of, toy_run
 
 from motet.config import write_toml
-from motet.errors import ConfigError, DataError, RunError
+from motet.errors import BackboneError, ConfigError, DataError, RunError
 from motet.experiment import Prepared, Settings, Silent, prepare, resolve, run
 from motet.federated.server import Interrupted
 from motet.records import Pair, RoundLog
 from motet.selector.backbone import ToyBackbone
+from toy_run import SMALL, few_voices, read, rounds_of, toy_run
 
 KEYS = {
     "method", "recipe", "seed", "clients", "rounds", "accuracy", "accuracy_mean", "accuracy_unseen",
@@ -53,10 +52,12 @@ def test_settings_in_rising_order_of_precedence(tmp_path: Path) -> None:
         {"seed": 5, "data": {"recipe": "pairs", "data": "x.jsonl"}, "run": {"rounds": 7}, "algorithm": {"latent": 9}},
     )
     plain = resolve()
-    assert (plain.run.rounds, plain.algorithm.local_steps, plain.seed, plain.data.recipe) == (30, 10, 0, "voices")
+    assert plain.tables() == Settings().tables()
+    assert (plain.algorithm.local_steps, plain.seed, plain.data.recipe) == (10, 0, "voices")
     paper = resolve(words={"preset": "paper"})
     assert (paper.run.rounds, paper.algorithm.local_steps, paper.algorithm.head) == (50, 30, "additive")
-    assert paper.features.whitening == 0 and paper.backbone.choice_log_odds
+    assert paper.features.whitening == 0
+    assert paper.backbone.choice_log_odds
     mixed = resolve("voices", {"preset": "paper", "algorithm.latent": 3}, file)
     assert (mixed.run.rounds, mixed.algorithm.latent, mixed.algorithm.local_steps, mixed.seed) == (7, 3, 30, 5)
     assert (mixed.data.recipe, mixed.data.data) == ("voices", "x.jsonl")  # the recipe's name stands above the file
@@ -126,7 +127,8 @@ def test_a_summary_tells_what_was_asked_and_what_came_out(toy: Path) -> None:
     assert set(summary["accuracy_by_context"]) == {"0", "2", "4"}
     assert summary["accuracy_by_context"]["4"] == summary["accuracy_mean"]
     assert summary["accuracy_mean"] == pytest.approx(sum(summary["accuracy"].values()) / 4)
-    assert summary["length_accuracy"] > 0.5 and summary["shared_accuracy"] == pytest.approx(0.5, abs=1e-6)
+    assert summary["length_accuracy"] > 0.5
+    assert summary["shared_accuracy"] == pytest.approx(0.5, abs=1e-6)
     assert summary["oracle_accuracy"] > 0.6
     assert [line["round"] for line in rounds] == [1, 2, 3, 4]
     assert [line["round"] for line in rounds if "accuracy" in line] == [2, 4]
@@ -135,7 +137,8 @@ def test_a_summary_tells_what_was_asked_and_what_came_out(toy: Path) -> None:
     tensors = load((toy / "selector.safetensors").read_bytes())
     parameters = [tensor for name, tensor in tensors.items() if name.startswith("parameters.")]
     assert summary["parameters_added"] == sum(tensor.numel() for tensor in parameters)
-    assert summary["warnings"] == [] and summary["same_pair_accuracy"] is None
+    assert summary["warnings"] == []
+    assert summary["same_pair_accuracy"] is None
 
 
 def test_every_file_is_there_and_strict_json(toy: Path) -> None:
@@ -146,7 +149,8 @@ def test_every_file_is_there_and_strict_json(toy: Path) -> None:
     for name in ("config.json", "deal.json", "evaluation.json", "summary.json"):
         assert read(toy, name)
     evaluation = read(toy, "evaluation.json")
-    assert len(evaluation["people"]) == 12 and len(evaluation["by_context"]) == 3 * 2 * 2
+    assert len(evaluation["people"]) == 12
+    assert len(evaluation["by_context"]) == 3 * 2 * 2
     assert [row["kind"] for row in evaluation["table"]] == ["method", "method", *["control"] * 4]
     posteriors = load((toy / "posteriors.safetensors").read_bytes())
     known = {client for line in rounds_of(toy) for client in line["cohort"]}
@@ -192,26 +196,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_keeps_its_folder(toy: Path, 
     with pytest.raises(Interrupted, match="stopped after round 2"):
         run(small(tmp_path), out, cache, watcher=Stop(3))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for words in ({"latent": 5}, {"seed": 1}, {"clients": 9}, {"rounds": 1}, {"label_noise": 0.5}):
-        asked = small(tmp_path, **{k: v for k, v in words.items() if k != "seed"})
-        with pytest.raises(RunError, match="belongs to a run with other settings|rounds must be 2 or more"):
-            run(replace(asked, seed=words.get("seed", 0)), out, cache, resume=True)
-        assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    asked = small(tmp_path, batch_clients=1, checkpoint_every=1)  # how it is computed may change, what must not
-    run(asked, out, cache, resume=True)
-    there, here = (load((folder / "selector.safetensors").read_bytes()) for folder in (toy, out))
-    assert all(torch.allclose(tensor, here[name], atol=1e-4) for name, tensor in there.items())
+    with pytest.raises(RunError, match="belongs to a run with other settings, data or model"):
+        run(small(tmp_path, label_noise=0.5), out, cache, resume=True)
     with pytest.raises(RunError) as error:
         run(small(tmp_path), out, cache)
     assert said(error) == f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out"
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_stopped_run_ends_as_if_it_had_not_been(toy: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(Interrupted):
-        run(small(tmp_path), out, toy.parent / "cache", watcher=Stop(2))
-    run(small(tmp_path), out, toy.parent / "cache", resume=True)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    run(small(tmp_path, checkpoint_every=1), out, cache, resume=True)  # how often it is kept may change
     same_outcome(toy, out)
 
 
@@ -227,9 +218,9 @@ def test_folders_that_are_refused(toy: Path, tmp_path: Path) -> None:
     assert file.read_text() == "mine"
     with pytest.raises(RunError, match="already holds a run; add --resume"):
         run(asked, toy)
-    with pytest.raises(RunError, match="there is no checkpoint in .* to resume from; run without --resume"):
+    with pytest.raises(RunError, match=r"there is no checkpoint in .* to resume from; run without --resume"):
         run(asked, tmp_path / "new", toy.parent / "cache", resume=True)
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock"}
+    assert not (tmp_path / "new").exists()  # what a refused run would leave empty is taken away again
 
 
 class Meddling(Silent):
@@ -251,8 +242,8 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(asked, out, tmp_path / "cache", watcher=watcher)
     assert watcher.heard == f"another run is at work in {str(out)!r}; wait for it, or choose another --out"
-    with (out / ".lock").open("w") as lock:  # and a stopped one has given its lock back
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(KeyboardInterrupt):  # and a stopped one has given its lock back
+        run(asked, out, tmp_path / "cache", watcher=watcher)
 
 
 @pytest.mark.parametrize(
@@ -260,16 +251,25 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     [
         ({"recipe": "vocies"}, ConfigError, "unknown recipe 'vocies'; did you mean 'voices'?"),
         ({"clients": 3}, DataError, "clients must be at least 4, one for each of"),
-        ({"public_share": 0.0}, DataError, "0 public pairs, but whitening is learnt from their texts; raise public_share"),
-        ({"train_on": "mars"}, None, "device must be auto, cpu or a device that torch can use, got 'mars'"),
+        (
+            {"public_share": 0.0},
+            DataError,
+            "0 public pairs, but whitening is learnt from their texts; raise public_share",
+        ),
+        (
+            {"learning_rate": 1e25},
+            RunError,
+            "round 1: numbers of clients [3, 4, 6] are not finite, training ran away; lower",
+        ),
+        ({"train_on": "mars"}, BackboneError, "device must be auto, cpu or a device that torch can use, got 'mars'"),
         ({"data": "gone.jsonl"}, DataError, "there is no file or folder 'gone.jsonl'; check the path given to --data"),
     ],
 )
 def test_runs_that_cannot_be(toy: Path, tmp_path: Path, words: dict[str, Any], kind: Any, sentence: str) -> None:
-    from motet.errors import MotetError
-
-    with pytest.raises(kind or MotetError) as error:
-        run(resolve(words={**SMALL, "data": str(few_voices(tmp_path)), **words}), tmp_path / "run", toy.parent / "cache")
+    with pytest.raises(kind) as error:
+        run(
+            resolve(words={**SMALL, "data": str(few_voices(tmp_path)), **words}), tmp_path / "run", toy.parent / "cache"
+        )
     assert sentence in said(error)
 
 
@@ -285,7 +285,11 @@ def test_no_prompt_of_a_test_is_in_anybodys_context(tmp_path: Path) -> None:
     tested = {group for person in ready.people for group in person.test.groups}
     trained = {pair.group for pairs in ready.pairs.values() for pair in pairs}
     public = {pair.group for pair in ready.deal.public}
-    assert tested and trained and not tested & trained and not tested & public and not trained & public
+    assert tested
+    assert trained
+    assert not tested & trained
+    assert not tested & public
+    assert not trained & public
     for person, dealt in zip(ready.people, ready.deal.people, strict=True):
         assert (person.client_id, len(person.context)) == (dealt.client_id, len(dealt.train))
         assert ready.pairs[person.client_id] == dealt.train
@@ -362,19 +366,22 @@ def test_the_published_evaluation_leaks_and_ours_does_not(tmp_path: Path) -> Non
         "evaluate_every": 0,
     }  # fmt: skip
     summary = run(resolve("voices", words), tmp_path / "run", tmp_path / "cache")
-    assert summary["preset"] == "paper" and summary["posterior_bytes"] == 2 * 16 * 4
+    assert summary["preset"] == "paper"
+    assert summary["posterior_bytes"] == 2 * 16 * 4
     assert summary["same_pair_accuracy"] > 0.6, summary["same_pair_accuracy"]
     assert abs(summary["accuracy_mean"] - 0.5) < 0.06
-    assert "infers the taste from the very pair that it then labels" in summary["warnings"][0]
-    assert f"{summary['same_pair_accuracy']:.1%}, because the label leaks" in summary["warnings"][0]
+    [warning] = [line for line in summary["warnings"] if "from the very pair" in line]
+    assert f"{summary['same_pair_accuracy']:.1%}" in warning
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_preset_paper_runs(toy: Path, tmp_path: Path) -> None:
     words = {"preset": "paper", "rounds": 2, "extractor": [8], "trunk": [8]}
     summary = run(small(tmp_path, **words), tmp_path / "run", toy.parent / "cache")
-    assert summary["rounds"] == 2 and 0 <= summary["same_pair_accuracy"] <= 1
-    assert len(summary["warnings"]) == 1 and read(tmp_path / "run", "summary.json") == summary
+    assert summary["rounds"] == 2
+    assert 0 <= summary["same_pair_accuracy"] <= 1
+    assert len(summary["warnings"]) == 1
+    assert read(tmp_path / "run", "summary.json") == summary
 
 
 # --- other data
@@ -385,7 +392,10 @@ def own_pairs(path: Path, people: int = 5, prompts: int = 30) -> Path:
     lines = []
     for person in range(people):
         for prompt in range(prompts):
-            answers = [f"word{(person * prompt) % 11} number {prompt}", f"a much longer text about number {prompt} " * 2]
+            answers = [
+                f"word{(person * prompt) % 11} number {prompt}",
+                f"a much longer text about number {prompt} " * 2,
+            ]
             answers = answers if person % 2 else answers[::-1]
             row = {"prompt": f"What of {prompt}, {person}?", "chosen": answers[0], "rejected": answers[1]}
             lines.append(json.dumps(row | {"client": f"person {person}"}))
@@ -400,7 +410,8 @@ def test_ones_own_pairs_by_client(tmp_path: Path) -> None:
     assert read(tmp_path / "run", "summary.json") == summary
     assert (summary["recipe"], summary["clients"], summary["unseen_clients"]) == ("pairs", 4, 1)
     assert set(summary["accuracy"]) == {"all"}
-    assert summary["adjusted_rand"] is None and summary["gap_closed"] is None  # nobody knows the true groups
+    assert summary["adjusted_rand"] is None
+    assert summary["gap_closed"] is None
     names = {row["name"] for row in read(tmp_path / "run", "evaluation.json")["people"]}
     assert names == {f"person {number}" for number in range(5)}
 
@@ -409,6 +420,9 @@ def test_ones_own_pairs_by_client(tmp_path: Path) -> None:
 def test_nobody_unseen(toy: Path, tmp_path: Path) -> None:
     words = {"unseen_clients": 0, "rounds": 1, "contexts": [0], "inference": "bayes", "cohort": 1}
     summary = run(small(tmp_path, **words), tmp_path / "run", toy.parent / "cache")
-    assert summary["accuracy_unseen"] is None and summary["accuracy_unseen_by_context"] == {}
-    assert summary["inference"] == "bayes" and summary["active_units"] == 0 and summary["adjusted_rand"] is None
+    assert summary["accuracy_unseen"] is None
+    assert summary["accuracy_unseen_by_context"] == {}
+    assert summary["inference"] == "bayes"
+    assert summary["active_units"] == 0
+    assert summary["adjusted_rand"] is None
     assert read(tmp_path / "run", "summary.json") == summary

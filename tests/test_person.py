@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from toy_run import PROMPTS, toy_run
 
 from motet.data.voices import voices_rows
 from motet.errors import DataError, RunError
 from motet.person import open_chooser, predict, prediction_table, read_questions
 from motet.records import prompt_group
+from toy_run import PROMPTS, toy_run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -38,7 +38,8 @@ def choices(path: Path, count: int = 6) -> Path:
     rows = voices_rows()[PROMPTS : PROMPTS + count]
     kinds = ("expert-direct", "plain-direct")
     return lines(
-        path, *({"prompt": r["prompt"], "chosen": r["answers"][kinds[0]], "rejected": r["answers"][kinds[1]]} for r in rows)
+        path,
+        *({"prompt": r["prompt"], "chosen": r["answers"][kinds[0]], "rejected": r["answers"][kinds[1]]} for r in rows),
     )
 
 
@@ -47,18 +48,22 @@ def questions(path: Path, swap: bool = False) -> Path:
     order = ("second", "first") if swap else ("first", "second")
     kinds = ("expert-direct", "plain-direct")
     return lines(
-        path, *({"prompt": r["prompt"], **{n: r["answers"][k] for n, k in zip(order, kinds, strict=True)}} for r in rows)
+        path,
+        *({"prompt": r["prompt"], **{n: r["answers"][k] for n, k in zip(order, kinds, strict=True)}} for r in rows),
     )
 
 
 def test_from_a_few_choices_to_probabilities(run: Path, tmp_path: Path, cache: Path) -> None:
     found = predict(run, choices(tmp_path / "me.jsonl"), questions(tmp_path / "new.jsonl"), cache)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert len(found["pairs"]) == 5 and len(found["taste"]) == len(found["taste_scale"]) == 32
+    assert len(found["pairs"]) == 5
+    assert len(found["taste"]) == len(found["taste_scale"]) == 32
     for row in found["pairs"]:
-        assert 0 < row["probability_first"] < 1 and 0 < row["probability_first_bayes"] < 1
+        assert 0 < row["probability_first"] < 1
+        assert 0 < row["probability_first_bayes"] < 1
     assert found["said"][0].startswith("taste inferred from 6 choices; nearest prototype: ")
-    assert len(found["distance_to_prototypes"]) == 4 and min(found["distance_to_prototypes"].values()) > 0
+    assert len(found["distance_to_prototypes"]) == 4
+    assert min(found["distance_to_prototypes"].values()) > 0
     assert not any("both files" in line for line in found["said"])
     console = Console(width=120, file=(tmp_path / "table").open("w"))
     console.print(prediction_table(found))
@@ -78,7 +83,8 @@ def test_swapping_the_answers_gives_one_minus_the_probability(run: Path, tmp_pat
 
 def test_the_examples_that_the_readme_names(run: Path, cache: Path) -> None:
     found = predict(run, EXAMPLES / "me.jsonl", EXAMPLES / "new.jsonl", cache)
-    assert len(found["pairs"]) == 2 and "taste inferred from 4 choices" in found["said"][0]
+    assert len(found["pairs"]) == 2
+    assert "taste inferred from 4 choices" in found["said"][0]
 
 
 def test_prompts_in_both_files_are_warned_of(run: Path, tmp_path: Path, cache: Path) -> None:
@@ -95,7 +101,8 @@ def test_choices_that_repeat_tell_as_much_as_the_chooser_says(run: Path, tmp_pat
     asked = read_questions(questions(tmp_path / "new.jsonl"))
     nothing, spread = chooser.taste(())
     population, width = chooser.selector.population()
-    assert torch.equal(nothing, population) and torch.equal(spread, width)
+    assert torch.equal(nothing, population)
+    assert torch.equal(spread, width)
     assert torch.allclose(chooser.responsibilities(()).sum(), torch.ones(()))
     assert chooser.probability(nothing, asked).shape == chooser.probability_by_bayes((), asked).shape == (5,)
 
@@ -139,7 +146,9 @@ def test_files_that_are_not_there_or_are_no_text(run: Path, tmp_path: Path, cach
     for path in (tmp_path / "gone.jsonl", tmp_path):
         with pytest.raises(DataError) as error:
             read_questions(path)
-        assert str(error.value) == f"there is no file {str(path)!r}; --pairs wants JSON lines with prompt, first, second"
+        assert (
+            str(error.value) == f"there is no file {str(path)!r}; --pairs wants JSON lines with prompt, first, second"
+        )
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"is not UTF-8 text; --pairs wants JSON lines"):
         read_questions(tmp_path / "bytes")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from toy_run import toy_run
 
 from motet.errors import ConfigError, RunError
 from motet.records import generator
@@ -17,6 +16,7 @@ from motet.selector.backbone import BackboneSettings
 from motet.selector.selector import PriorTensors, SelectorSettings, start_parameters
 from motet.selector.trained import CONFIG, TENSORS, Selector, load_selector, save_selector
 from motet.selector.whitening import Whitening
+from toy_run import toy_run
 
 HIDDEN, LATENT = 5, 3
 SHAPE = SelectorSettings(latent=LATENT, trunk=(4,), extractor=(6,), head="film", prototypes=2, prototype_scale=3.0)
@@ -65,13 +65,16 @@ def test_a_finished_run_can_be_loaded_and_saved_to_the_same_bytes(
 def test_responsibilities_and_probabilities() -> None:
     s = selector()
     likelihood = s.log_likelihoods(*pairs(6))
-    assert likelihood.shape == (4, 6) and (likelihood < 0).all()
+    assert likelihood.shape == (4, 6)
+    assert (likelihood < 0).all()
     assert torch.allclose(likelihood, torch.sigmoid(s.margins(s.prior.means, *pairs(6))).log(), atol=1e-6)
     shares = s.responsibilities(likelihood.sum(dim=1))
-    assert float(shares.sum()) == pytest.approx(1, abs=1e-6) and (shares > 0).all()
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-6)
+    assert (shares > 0).all()
     assert torch.allclose(s.responsibilities(torch.zeros(4)), s.prior.log_mass.exp(), atol=1e-6)
     sure = s.responsibilities(torch.tensor([-1000.0, -2000.0, -1000.0, -3000.0]))
-    assert torch.isfinite(sure).all() and float(sure[[0, 2]].sum()) == pytest.approx(1)
+    assert torch.isfinite(sure).all()
+    assert float(sure[[0, 2]].sum()) == pytest.approx(1)
 
 
 def test_no_choices_give_the_population() -> None:

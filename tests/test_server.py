@@ -1,12 +1,14 @@
 """The server's rounds: logged as they were, and whatever stops them, they go on to the same bits."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,9 @@ def go(
     folder.mkdir(exist_ok=True)
     settings = RunSettings(rounds=rounds, cohort=cohort, checkpoint_every=every)
     algorithm = fedvpa()
-    return run_rounds(algorithm, engine or LocalEngine(algorithm, people()), settings, 3, folder, identity, watch, resume)
+    return run_rounds(
+        algorithm, engine or LocalEngine(algorithm, people()), settings, 3, folder, identity, watch, resume
+    )
 
 
 def bits(state: FedVPAState) -> bytes:
@@ -101,7 +105,8 @@ def test_each_round_is_logged_with_the_bytes_that_travelled(tmp_path: Path) -> N
     engine = Recording()
     state = go(tmp_path, engine=engine, watch=lambda progress: {"a": 0.5} if progress.log.round == 4 else None)
     lines = log(tmp_path)
-    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6] and state.round == 6
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert state.round == 6
     for line, sent, received in zip(lines, engine.sent, engine.received, strict=True):
         assert line["cohort"] == sorted(sent) == [reply.client_id for reply in received]
         assert line["bytes_down"] == sum(len(packet.serialised()) for packet in sent.values())
@@ -138,14 +143,12 @@ def stop_in_watch(at: int) -> Callable[[Progress[Any]], None]:
     return watch
 
 
-@pytest.mark.parametrize("place", ["before asking", "after asking", "watching"])
-@pytest.mark.parametrize("at", [1, 4, 6])
+@pytest.mark.parametrize(("at", "place"), [(1, "before asking"), (4, "after asking"), (4, "watching"), (6, "watching")])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, whole: Any, at: int, place: str) -> None:
+    watch = stop_in_watch(at) if place == "watching" else None
+    engine = None if watch else Stopping(at, place == "after asking")
     with pytest.raises(Interrupted, match=f"stopped after round {at - 1}") as stop:
-        if place == "watching":
-            go(tmp_path, watch=stop_in_watch(at))
-        else:
-            go(tmp_path, engine=Stopping(at, place == "after asking"))
+        go(tmp_path, watch=watch, engine=engine)
     assert stop.value.round == checkpointed(tmp_path) == at - 1
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
@@ -171,6 +174,7 @@ def die(folder: str) -> None:
     go(Path(folder), watch=watch)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Any) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", f"import test_server; test_server.die({str(tmp_path)!r})"]
@@ -182,7 +186,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Any) -> No
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
-@pytest.mark.parametrize("tail", ['{"round": 3, "coh', "{", "3", '{"rou', '{"round": 5}\n{"round": 6}\n', "\n\n"])
+@pytest.mark.parametrize("tail", ['{"round": 3, "coh', "3", '{"round": 5}\n{"round": 6}\n'])
 def test_lines_after_the_checkpoint_are_cut_off_whole_or_not(tmp_path: Path, whole: Any, tail: str) -> None:
     go(tmp_path, rounds=2)
     with (tmp_path / ROUNDS).open("a") as file:
@@ -214,7 +218,8 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(tmp_path: Path) -
         "resume with the settings of its config.toml, or choose another --out"
     )
     assert refused(tmp_path, rounds=1) == (
-        f"rounds must be 2 or more to go on with {name}, which has 2 behind it, got 1; raise it, or choose another --out"
+        f"rounds must be 2 or more to go on with {name}, which has 2 behind it, got 1; "
+        "raise it, or choose another --out"
     )
 
 
@@ -274,7 +279,7 @@ class Failing(LocalEngine):
         self.absent, self.since = absent, since
 
     def sites(self) -> Sequence[int]:
-        return list(reversed(sorted(self.clients)))
+        return sorted(self.clients, reverse=True)
 
     def ask(self, kind: str, step: int, packets: Mapping[int, Broadcast]) -> tuple[list[Reply], dict[int, str]]:
         there = {c: packet for c, packet in packets.items() if c not in self.absent or step < self.since}
@@ -296,6 +301,23 @@ def test_a_round_without_an_answer_is_an_error_that_names_it(tmp_path: Path) -> 
         count(tmp_path, Failing([], set()), rounds=5, cohort=2)
 
 
+class Wild(Counting):
+    """Client 1 answers with a number that is none."""
+
+    def client_update(self, broadcasts: Any, clients: Any, memories: Any) -> Any:
+        replies, kept = super().client_update(broadcasts, clients, memories)
+        return [replace(r, tensors={"one": torch.tensor(math.nan)}) if r.client_id == 1 else r for r in replies], kept
+
+
+def test_training_that_ran_away_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as error:
+        run_rounds(Wild(), LocalEngine(Wild(), people()), RunSettings(cohort=9), 0, tmp_path, "")
+    assert str(error.value) == (
+        "round 1: numbers of clients [1] are not finite, training ran away; lower learning_rate"
+    )
+    assert (tmp_path / ROUNDS).read_text() == ""
+
+
 def test_those_who_answer_are_enough(tmp_path: Path) -> None:
     assert count(tmp_path, Failing(people()[:4], {2}), rounds=5, cohort=4) == 15
 
@@ -309,7 +331,8 @@ def test_cohorts_are_the_same_in_every_engine_and_cover_everybody(tmp_path: Path
     assert cohorts != [tuple(line["cohort"]) for line in log(tmp_path / "c")]
     assert all(len(set(cohort)) == 3 and list(cohort) == sorted(cohort) for cohort in cohorts)
     visits = Counter(client for cohort in cohorts for client in cohort)
-    assert set(visits) == set(range(PEOPLE)) and min(visits.values()) > 12  # 25.7 are expected
+    assert set(visits) == set(range(PEOPLE))
+    assert min(visits.values()) > 12  # 25.7 are expected
     assert {c: int(memory["visits"]) for c, memory in other.memories.items()} == visits
 
 

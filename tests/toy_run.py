@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-PROMPTS = 48
+PROMPTS = 40
 SMALL: dict[str, Any] = {
     "model": "toy",
     "clients": 8,

@@ -136,7 +136,7 @@ def run_command(
 ) -> None:
     """Deal preference pairs to clients, train, judge, report.
 
-    Example: [bold]motet run same-pair --data ../shared/data/xstest --set clients=20 --out runs/first[/bold]
+    Example: [bold]motet run voices --set clients=40 --set label_noise=0.2 --out runs/noisy[/bold]
     """
     from motet.config import parse_words
     from motet.errors import ConfigError

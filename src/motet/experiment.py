@@ -21,29 +21,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
 from motet.algorithms import ALGORITHMS
 from motet.algorithms.fedvpa import PAPER, FedVPA, FedVPASettings, FedVPAState
 from motet.config import Section, nearest, read_toml, settings, write_atomically, write_toml
-from motet.data.partition import Deal, Person, deal_table
+from motet.data.partition import Deal, deal_table
 from motet.data.recipes import DataSettings, load_recipe
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, DataError, RunError
-from motet.evaluation.controls import linear_reward
 from motet.evaluation.metrics import (
-    Estimate,
-    accuracy,
     active_units,
     adjusted_rand,
-    calibration,
-    correct,
-    gap_closed,
-    tally,
 )
 from motet.evaluation.people import (
     EvaluationSettings,
@@ -52,8 +43,8 @@ from motet.evaluation.people import (
     Judged,
     judge,
     mean_correct,
-    same_pair_probabilities,
 )
+from motet.evaluation.table import evaluate
 from motet.federated.server import ROUNDS, Progress, RunSettings, check_checkpoint, has_checkpoint, run_rounds
 from motet.records import ClientData, Pair, RoundLog
 from motet.report import write_report
@@ -160,9 +151,9 @@ def resolve(
         raise ConfigError(f"unknown preset {preset!r}; {nearest(str(preset), PRESETS)}")
     built: dict[str, Any] = {}
     for name, kind in TABLES.items():
-        table = {**PRESETS[preset].get(name, {}), **file.get(name, {}), **asked.get(name, {})}
-        own = name in asked and set(asked[name]) & set(table)
-        built[name] = settings(kind, table, "--set" if own and not file.get(name) else f"[{name}] of {place}")
+        table = {**PRESETS[preset].get(name, {}), **file.get(name, {})}
+        settings(kind, table, f"[{name}] of {place}")  # so that a mistake is reported where it was made
+        built[name] = settings(kind, {**table, **asked.get(name, {})}, "--set")
     number = seed if seed is not None else file.get("seed", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigError(f"seed must be a whole number of 0 or more, got {number!r}")
@@ -209,11 +200,12 @@ def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | N
     table = _embed(backbone, holdings, asked.backbone.choice_log_odds, cache, watcher)
     seconds = time.perf_counter() - started
     public = [(pair, *table.rows(pair)) for pair in deal.public]
-    if not public:
+    if not public and asked.features.whitening:
         raise DataError(
-            "0 public pairs, but whitening is learnt from their texts; raise public_share above 0, 0.1 is usual"
+            "0 public pairs, but whitening is learnt from their texts; "
+            "raise public_share above 0 (0.1 is usual) or set whitening=0"
         )
-    texts = torch.tensor(sorted({row for _, a, b in public for row in (a, b)}))
+    texts = torch.tensor(sorted({row for _, a, b in public for row in (a, b)}), dtype=torch.long)
     scalars = table.scalars(deal.public)
     whitening = fit_whitening(table.embedding[texts], scalars, asked.features.whitening, asked.features.shrinkage)
     white = whitening(table.embedding)
@@ -258,10 +250,6 @@ def run(
         raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
     if out.exists() and not out.is_dir():
         raise RunError(f"{str(out)!r} is a file; --out wants a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"the run folder {str(out)!r} cannot be made ({error.strerror}); choose another --out") from None
     with _locked(out):
         prepared = prepare(asked, cache, watcher, out / "quarantine.jsonl")
         asked = _completed(asked, prepared.deal)
@@ -296,7 +284,14 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: FedVPA, state: FedV
     posteriors = {"ids": state.ids, "means": state.means, "log_scales": state.log_scales}
     posteriors |= {"prototypes": selector.prototype_tastes()}
     write_atomically(out / "posteriors.safetensors", save({k: v.clone().contiguous() for k, v in posteriors.items()}))
-    evaluation, figures = _evaluate(selector, prepared, asked, algorithm.assignment(state))
+    evaluation, figures = evaluate(
+        selector, prepared.people, asked.evaluation, asked.seed, algorithm.assignment(state),
+        {person.client_id: person.train for person in prepared.deal.people},
+        {person.client_id: person.test for person in prepared.deal.people},
+    )  # fmt: skip
+    if asked.data.labels == "coin-flip":
+        flipped = "All labels were replaced by coin flips: anything but 50 % on held-out pairs would be a leak."
+        evaluation["warnings"].append(flipped)
     write_atomically(out / "evaluation.json", _json(evaluation))
     logs = [json.loads(line) for line in (out / ROUNDS).read_text(encoding="utf-8").splitlines()]
     visits = sum(len(log["cohort"]) for log in logs)
@@ -428,181 +423,6 @@ def _quick_look(selector: Selector, prepared: Prepared, asked: Settings) -> dict
     return {axis: statistics.fmean(scores) for axis, scores in sorted(totals.items())}
 
 
-def _evaluate(
-    selector: Selector, prepared: Prepared, asked: Settings, assigned: Mapping[int, int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All that is judged: the content of ``evaluation.json``, and the figures of the summary."""
-    axes, chosen, seed = prepared.deal.axes, asked.evaluation.inference, asked.seed
-    axes = tuple(sorted({axis for person in prepared.people for axis in person.test.axes}))
-    people = {"seen": [p for p in prepared.people if p.seen], "unseen": [p for p in prepared.people if not p.seen]}
-    found = judge(selector, prepared.people, asked.evaluation.contexts, asked.evaluation.context_draws, seed)
-    largest = max(asked.evaluation.contexts)
-
-    def estimate(scores: Mapping[int, Tensor], who: Sequence[Judged]) -> tuple[dict[str, Estimate], Estimate] | None:
-        entries = [(p.test.axes, p.test.groups, scores[p.client_id].tolist()) for p in who]
-        return accuracy(tally(axes, entries), seed) if entries else None
-
-    by_context, table = [], []
-    for (size, inference), probabilities in found.items():
-        right = mean_correct(probabilities)
-        both = {kind: estimate(right, who) for kind, who in people.items()}
-        for kind, result in both.items():
-            if result is not None:
-                row = {"context": size, "people": kind, "inference": inference}
-                by_context.append(row | {"accuracy": result[1].mean, "low": result[1].low, "high": result[1].high})
-        if size == largest and both["seen"] is not None:
-            table.append(_row_of(f"FedVPA-GP, {inference}", "method", both["seen"], both["unseen"]))
-    controls = _controls(prepared, axes, seed)
-    table += [_row_of(name, "control", result, None) for name, result in controls.items()]
-
-    headline = found[largest, chosen]
-    right = mean_correct(headline)
-    seen, unseen = estimate(right, people["seen"]), estimate(right, people["unseen"])
-    if seen is None:
-        raise DataError("nobody has held-out pairs to be judged on; raise test_share")
-    flat = np.concatenate([headline[p.client_id].flatten().double().numpy() for p in people["seen"]])
-    ece, bins = calibration(flat)
-    warnings, leak = [], None
-    if asked.algorithm.same_pair:
-        tests = {id(p.test): p.test for p in prepared.people}.values()
-        leak = float(torch.cat([correct(same_pair_probabilities(selector, t) - 0.5) for t in tests]).mean())
-        warnings.append(
-            f"This preset infers the taste from the very pair that it then labels, as published. Judged that way it "
-            f"reaches {leak:.1%}, because the label leaks; the other figures are on contexts that exclude the pair."
-        )
-    if asked.algorithm.head == "additive" and not asked.algorithm.embedding_conditioning:
-        warnings.append("The additive head cannot see the answers, so no taste can change which of them it prefers.")
-    if asked.data.labels == "coin-flip":
-        warnings.append("All labels were replaced by coin flips: anything but 50 % on held-out pairs would be a leak.")
-    listed = [
-        {
-            "client_id": p.client_id,
-            "name": p.name,
-            "seen": p.seen,
-            "axis": p.axis,
-            "accuracy": float(right[p.client_id].mean()),
-            "pairs": len(p.test.axes),
-            "prototype": assigned.get(p.client_id),
-        }
-        for p in prepared.people
-        if len(p.test.axes)
-    ]
-    evaluation = {
-        "axes": list(axes),
-        "people": listed,
-        "by_context": by_context,
-        "table": table,
-        "calibration": bins,
-        "ece": ece,
-        "same_pair_accuracy": leak,
-        "warnings": warnings,
-    }
-    mean = seen[1].mean
-    control = {name: result[1] for name, result in controls.items()}
-    figures: dict[str, Any] = {
-        "inference": chosen,
-        "accuracy": {axis: result.mean for axis, result in seen[0].items()},
-        "accuracy_interval": {axis: [result.low, result.high] for axis, result in seen[0].items()},
-        "accuracy_mean": mean,
-        "accuracy_mean_interval": [seen[1].low, seen[1].high],
-        "accuracy_unseen": unseen[1].mean if unseen else None,
-        "accuracy_unseen_interval": [unseen[1].low, unseen[1].high] if unseen else None,
-        "shared_accuracy": control[SHARED].mean,
-        "shared_accuracy_interval": [control[SHARED].low, control[SHARED].high],
-        "length_accuracy": control[WORDS].mean,
-        "length_accuracy_interval": [control[WORDS].low, control[WORDS].high],
-        "characters_accuracy": control[CHARACTERS].mean,
-        "oracle_accuracy": control[ORACLE].mean,
-        "oracle_accuracy_interval": [control[ORACLE].low, control[ORACLE].high],
-        "gap_closed": gap_closed(mean, control[SHARED].mean, control[ORACLE].mean),
-        "ece": ece,
-        "same_pair_accuracy": leak,
-    }
-    for kind, name in (("seen", "accuracy_by_context"), ("unseen", "accuracy_unseen_by_context")):
-        for inference, suffix in ((chosen, ""), ("bayes", "_bayes"), ("amortised", "_amortised")):
-            figures[name + suffix] = {
-                str(row["context"]): row["accuracy"]
-                for row in by_context
-                if row["people"] == kind and row["inference"] == inference
-            }
-    return evaluation, figures
-
-
-SHARED, ORACLE = "shared reward, no taste", "oracle, true groups pooled"
-WORDS, CHARACTERS = "length only (words)", "length only (characters)"
-
-
-def _controls(prepared: Prepared, axes: Sequence[str], seed: int) -> dict[str, tuple[dict[str, Estimate], Estimate]]:
-    """Shared reward, lengths and oracle, on the same features, pairs and people."""
-    people = {person.client_id: person for person in prepared.people}
-    holders: list[Person] = list(prepared.deal.people)
-    features: dict[str, dict[str, list[Any]]] = {
-        axis: {"x": [], "words": [], "characters": [], "g": []} for axis in axes
-    }
-    for person in holders:
-        if not person.seen:
-            continue
-        data = people[person.client_id].context
-        difference = torch.cat([data.chosen - data.rejected, data.scalars], dim=1).double().cpu().numpy()
-        for row, pair in zip(difference, person.train, strict=True):
-            into = features.setdefault(pair.axis or "all", {"x": [], "words": [], "characters": [], "g": []})
-            into["x"].append(row)
-            into["words"].append([_words(pair)])
-            into["characters"].append([_characters(pair)])
-            into["g"].append(pair.group)
-
-    def fit(key: str, which: Sequence[str]) -> NDArray[np.float64]:
-        rows = [row for axis in which for row in features[axis][key]]
-        width = len(rows[0]) if rows else len(next(iter(v["x"] for v in features.values() if v["x"]))[0])
-        groups = [group for axis in which for group in features[axis]["g"]]
-        table = np.asarray(rows, dtype=np.float64).reshape(-1, width)
-        return linear_reward(table, groups, (1.0,)) if key != "x" else linear_reward(table, groups)
-
-    shared = fit("x", list(features))
-    personal = {key: {axis: fit(key, [axis]) for axis in axes} for key in ("x", "words", "characters")}
-    columns: dict[str, list[tuple[Sequence[str], Sequence[str], Sequence[float]]]] = defaultdict(list)
-    judged: dict[int, dict[str, list[float]]] = {}
-    for person in holders:
-        if not person.seen or not person.test:
-            continue
-        test = people[person.client_id].test
-        if id(test) not in judged:
-            x = torch.cat([test.chosen - test.rejected, test.scalars], dim=1).double().cpu().numpy()
-            lengths = {"words": _words, "characters": _characters}
-            margins: dict[str, list[float]] = {SHARED: list(x @ shared), ORACLE: [], WORDS: [], CHARACTERS: []}
-            for row, pair, axis in zip(x, person.test, test.axes, strict=True):
-                margins[ORACLE].append(float(row @ personal["x"][axis]))
-                for name, key in ((WORDS, "words"), (CHARACTERS, "characters")):
-                    margins[name].append(float(lengths[key](pair) * personal[key][axis][0]))
-            judged[id(test)] = {k: correct(torch.tensor(v, dtype=torch.float64)).tolist() for k, v in margins.items()}
-        for name, scores in judged[id(test)].items():
-            columns[name].append((test.axes, test.groups, scores))
-    return {name: accuracy(tally(axes, columns[name]), seed) for name in (SHARED, WORDS, CHARACTERS, ORACLE)}
-
-
-def _words(pair: Pair) -> float:
-    return float(len(pair.chosen.split()) - len(pair.rejected.split()))
-
-
-def _characters(pair: Pair) -> float:
-    return float(len(pair.chosen) - len(pair.rejected))
-
-
-def _row_of(
-    method: str,
-    kind: str,
-    seen: tuple[dict[str, Estimate], Estimate],
-    unseen: tuple[dict[str, Estimate], Estimate] | None,
-) -> dict[str, Any]:
-    return {
-        "method": method,
-        "kind": kind,
-        "axes": {axis: result.as_dict() for axis, result in seen[0].items()},
-        "mean": seen[1].as_dict(),
-        "unseen": unseen[1].as_dict() if unseen else None,
-    }
-
-
 def _prototype_names(assigned: Mapping[int, int], deal: Deal, prototypes: int) -> tuple[str, ...]:
     """For each prototype the axis that most of its people hold; for readers, from evaluation's knowledge."""
     axes = {person.client_id: person.axis or "all" for person in deal.seen}
@@ -615,13 +435,27 @@ def _prototype_names(assigned: Mapping[int, int], deal: Deal, prototypes: int) -
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One run at a time in a folder."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another run is at work in {str(folder)!r}; wait for it, or choose another --out") from None
-        yield
+    """One run at a time in a folder. A folder that a refused run would leave empty is taken away again."""
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the run folder {str(folder)!r} cannot be made ({error.strerror}); choose another --out"
+        ) from None
+    try:
+        with (folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"another run is at work in {str(folder)!r}; wait for it, or choose another --out"
+                ) from None
+            yield
+    finally:
+        if fresh and {path.name for path in folder.iterdir()} <= {".lock"}:
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _json(content: Any) -> bytes:

@@ -35,8 +35,8 @@ class RunSettings(Section):
 
     preset: str = "default"
     """``default`` is ours; ``paper`` takes the published form and figures wherever the two differ."""
-    rounds: int = Field(30, ge=1)
-    """Rounds T (paper: 50)."""
+    rounds: int = Field(50, ge=1)
+    """Rounds T (paper: 50 as well)."""
     cohort: int = Field(10, ge=1)
     """Clients in each round; at most all of them take part (paper: 5 of 10, 10 of 50, 10 of 100)."""
     batch_clients: int = Field(32, ge=1)
@@ -104,7 +104,7 @@ def run_rounds(
         resume: Go on from the checkpoint in the folder.
 
     Raises:
-        RunError: There is no usable checkpoint to resume from, or too few clients answered.
+        RunError: There is no usable checkpoint to resume from, nobody answered, or training ran away.
         Interrupted: On Ctrl-C, after a checkpoint was written.
     """
     sites = sorted(engine.sites())
@@ -128,6 +128,11 @@ def run_rounds(
                 if not replies:
                     reasons = "; ".join(f"client {c}: {why}" for c, why in failures.items())
                     raise RunError(f"round {round}: 0 of {len(cohort)} clients answered; {reasons}")
+                if wild := [r.client_id for r in replies if not all(t.isfinite().all() for t in r.tensors.values())]:
+                    raise RunError(
+                        f"round {round}: numbers of clients {wild} are not finite, training ran away; "
+                        "lower learning_rate"
+                    )
                 after = algorithm.server_update(state, replies)
                 log = RoundLog(
                     round,

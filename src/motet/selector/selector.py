@@ -70,7 +70,8 @@ class SelectorSettings(Section):
     anchor_weight: float = Field(1.0, ge=0)
     """Weight of the choice loss at the client's own prototype, beside the one under its posterior (paper: 0)."""
     prototypes: int = Field(2, ge=1)
-    """Number of prototypes M."""
+    """Number of prototypes M; a run that does not set it takes one an axis of its data (how many groups there are, not
+    who is in them)."""
     prototype_scale: float = Field(5.0, gt=0)
     """Distance of a prototype's taste from the origin (paper: 5)."""
     broad_weight: float = Field(0.05, ge=0, lt=1)
@@ -239,7 +240,8 @@ def client_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
     """Loss of one client in one local step, in nats per pair; it is run for many clients at once.
 
-    (E12): mean over targets of softplus(-margin) + kl_weight KL(q || p) + orthogonal_weight L_ortho.
+    (E12): mean over targets of softplus(-margin) + kl_weight KL(q || p) + orthogonal_weight L_ortho
+    + anchor_weight x the same choice loss at the client's prototype (ours).
 
     Returns:
         The loss, and its parts for the log: choice loss, KL, orthogonal loss (unweighted).
