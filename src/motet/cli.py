@@ -31,7 +31,12 @@ class _Interruptible(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            said = f"{stop}; go on with --resume" if str(stop) else "stopped"
+            demo = ctx.invoked_subcommand == "demo"
+            said = (
+                f"{stop}; " + ("motet demo goes on from there" if demo else "go on with --resume")
+                if str(stop)
+                else "stopped"
+            )
             Console(stderr=True).print(f"motet: {said}", highlight=False)
             raise typer.Exit(130) from None
 
@@ -74,6 +79,25 @@ def main() -> None:
             f"[red]motet:[/red] {_plain(f'cannot use{where}: {error.strerror or error}')}", highlight=False
         )
         sys.exit(2)
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        from motet import __version__
+
+        typer.echo(f"motet {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback in place of one sentence.")] = False,
+) -> None:
+    """Federated preference alignment that keeps conflicting tastes apart."""
 
 
 @app.command()
@@ -136,7 +160,7 @@ def run_command(
 ) -> None:
     """Deal preference pairs to clients, train, judge, report.
 
-    Example: [bold]motet run voices --set clients=40 --set label_noise=0.2 --out runs/noisy[/bold]
+    Example: [bold]motet run voices --set clients=60 --set label_noise=0.2 --out runs/noisy[/bold]
     """
     from motet.config import parse_words
     from motet.errors import ConfigError

@@ -170,7 +170,8 @@ def _by_table(words: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         table, dot, name = word.rpartition(".")
         name = name if dot else word
         if (dot and table not in TABLES) or name not in homes or (dot and homes[name] != table):
-            raise ConfigError(f"unknown setting {word!r} in --set; {nearest(name, homes)}")
+            hint = "it has an option of its own, --seed" if word == "seed" else nearest(name, homes)
+            raise ConfigError(f"unknown setting {word!r} in --set; {hint}")
         result[homes[name]][name] = value
     return dict(result)
 
@@ -408,6 +409,8 @@ def _identity(asked: Settings, prepared: Prepared) -> str:
     for client, pairs in sorted(prepared.pairs.items()):
         for pair in pairs:
             digest.update(f"{client}{text_key(pair.prompt, pair.chosen, pair.rejected)}".encode())
+    for pair in prepared.deal.public:  # the whitening is learnt from them
+        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected).encode())
     return digest.hexdigest()
 
 

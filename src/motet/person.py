@@ -93,9 +93,11 @@ def predict(folder: Path, context: Path, pairs: Path, cache: Path | None = None)
         pairs: JSON lines with prompt, first, second (or prompt, chosen, rejected, to be predicted blind).
         cache: Feature cache.
     """
+    load_selector(folder)  # mistakes first: the language model takes seconds to open
+    if not context.is_file():
+        raise DataError(f"there is no file {str(context)!r}; --context wants JSON lines with prompt, chosen, rejected")
+    known, asked = read_pairs(context).pairs, read_questions(pairs)
     chooser = open_chooser(folder, cache)
-    known = read_pairs(context).pairs
-    asked = read_questions(pairs)
     shared = {p.group for p in known} & {p.group for p in asked}
     mean, log_scale = chooser.taste(known)
     names = _unique(chooser.selector.axes_names)
