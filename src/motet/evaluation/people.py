@@ -28,7 +28,7 @@ class EvaluationSettings(Section):
 
     inference: Inference = "amortised"
     """Which inference the headline figures use; both are always reported."""
-    contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 4, 8, 16, 64), min_length=1)
+    contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 4, 8, 16, 32, 64), min_length=1)
     """Numbers of context pairs; the largest gives the headline, and a person with fewer pairs gives all it has."""
     context_draws: int = Field(4, ge=1)
     """Random contexts a person and size, averaged."""
