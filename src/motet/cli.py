@@ -5,6 +5,8 @@ inside the commands, so that ``--help`` answers at once.
 """
 
 import json
+import os
+import shutil
 import sys
 import time
 import warnings
@@ -83,9 +85,9 @@ def main() -> None:
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        from motet import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"motet {__version__}")
+        typer.echo(f"motet {version('motet')}")
         raise typer.Exit
     return asked
 
@@ -119,19 +121,23 @@ def demo(
     watcher = _Console(quiet=as_json)
     began = time.perf_counter()
     # a second demo shows the same as the first: it goes on from what is there, if it is the same run
-    summary = run(asked, out, cache, resume=has_checkpoint(out), watcher=watcher)
-    watcher.close()
+    try:
+        summary = run(asked, out, cache, resume=has_checkpoint(out), watcher=watcher)
+    finally:
+        watcher.close()
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return
     _closing(out, watcher.console)
     watcher.console.print(f"\nDone in {time.perf_counter() - began:.0f} s. Next, try:", highlight=False)
+    # as it was called: in a fresh clone the environment is not on the path
+    me = "motet" if shutil.which("motet") else os.path.relpath(sys.argv[0])
     for line in (
-        f"motet report {out}",
-        f"motet choose {out} --context examples/me.jsonl --pairs examples/new.jsonl",
-        "motet run voices --set clients=60 --set label_noise=0.2 --out runs/noisy",
-        "motet run voices --labels coin-flip --out runs/coin",
-        "motet run pairs --data your-pairs.jsonl --out runs/yours",
+        f"{me} report {out}",
+        f"{me} choose {out} --context examples/me.jsonl --pairs examples/new.jsonl",
+        f"{me} run voices --set clients=60 --set label_noise=0.2 --out runs/noisy",
+        f"{me} run voices --labels coin-flip --out runs/coin",
+        f"{me} run pairs --data your-pairs.jsonl --out runs/yours",
     ):
         watcher.console.print(f"  {line}", highlight=False, soft_wrap=True)
 
@@ -347,6 +353,8 @@ def _console(stderr: bool = False) -> Console:
 def _closing(folder: Path, console: Console) -> None:
     from motet.report import summary_table
 
+    for warning in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["warnings"]:
+        console.print(f"[yellow]note:[/yellow] {_plain(warning)}", highlight=False)
     console.print(summary_table(folder))
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -29,7 +29,7 @@ from motet.algorithms import ALGORITHMS
 from motet.algorithms.fedvpa import PAPER, FedVPA, FedVPASettings, FedVPAState
 from motet.config import Section, nearest, read_toml, settings, write_atomically, write_toml
 from motet.data.partition import Deal, deal_table
-from motet.data.recipes import DataSettings, load_recipe
+from motet.data.recipes import RECIPES, DataSettings, load_recipe
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, DataError, RunError
 from motet.evaluation.metrics import (
@@ -53,6 +53,8 @@ from motet.selector.features import choice_log_odds, embeddings, text_key
 from motet.selector.selector import PriorTensors, SelectorSettings
 from motet.selector.trained import Selector, save_selector
 from motet.selector.whitening import FeatureSettings, Whitening, fit_whitening
+
+REPORT = "report.html"
 
 TABLES: dict[str, type[Section]] = {
     "data": DataSettings,
@@ -154,6 +156,8 @@ def resolve(
         table = {**PRESETS[preset].get(name, {}), **file.get(name, {})}
         settings(kind, table, f"[{name}] of {place}")  # so that a mistake is reported where it was made
         built[name] = settings(kind, {**table, **asked.get(name, {})}, "--set")
+    if built["data"].recipe not in RECIPES:
+        raise ConfigError(f"unknown recipe {built['data'].recipe!r}; {nearest(built['data'].recipe, RECIPES)}")
     number = seed if seed is not None else file.get("seed", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigError(f"seed must be a whole number of 0 or more, got {number!r}")
@@ -257,6 +261,8 @@ def run(
         identity = _identity(asked, prepared)
         if resume:  # before the folder is written to: a run that is refused must stay as it was
             check_checkpoint(out, FedVPA.name, identity, asked.run.rounds)
+        for stale in ("summary.json", "evaluation.json", REPORT):  # a prolonged run must not show an old end as its own
+            (out / stale).unlink(missing_ok=True)
         write_toml(out / "config.toml", asked.tables())
         write_atomically(out / "deal.json", _json(deal_table(prepared.deal)))
         seen = [person.context for person in prepared.people if person.seen]

@@ -55,9 +55,10 @@ class PairSet:
 
     def said(self) -> str:
         """What was read and what was dropped, as one sentence."""
+        first = f", first {self.bad[0].place} ({self.bad[0].reason})" if self.bad else ""
         return (
             f"{len(self.pairs):,} pairs from {self.source}; dropped {self.equal} equal, {self.empty} empty, "
-            f"{self.duplicates} duplicates; quarantined {len(self.bad)} bad rows"
+            f"{self.duplicates} duplicates; quarantined {len(self.bad)} bad rows{first}"
         )
 
 

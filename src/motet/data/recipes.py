@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,7 +57,7 @@ class DataSettings(Section):
     """How pairs are dealt to people. Left out: what the recipe says."""
     dirichlet_alpha: float = Field(default=1.0, gt=0)
     """How mixed the people are under dirichlet. Near 0 each has one axis, far above 1 all are alike."""
-    group_sizes: tuple[float, ...] | None = None
+    group_sizes: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     """Relative numbers of people per axis, for the partition axis. Left out: equal."""
     test_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts that people are judged on. Left out: what the recipe says, mostly 0.25."""
@@ -239,11 +239,27 @@ def _pairs(settings: DataSettings, quarantine: Path | None) -> Loaded:
         settings.data or "", split=settings.split, max_bad_share=settings.max_bad_share, quarantine=quarantine
     )
     by_axis: dict[str, list[Pair]] = defaultdict(list)
+    groups = _joined(found.pairs)
     for pair in found.pairs:
-        by_axis[pair.axis or "all"].append(replace(pair, axis=pair.axis or "all"))
+        by_axis[pair.axis or "all"].append(replace(pair, axis=pair.axis or "all", group=groups[pair.group]))
     named = any(pair.client is not None for pair in found.pairs)
     partition = "client" if named else "axis" if len(by_axis) > 1 else "equal"
     return Loaded(dict(sorted(by_axis.items())), (found.said(),), partition)
+
+
+def _joined(pairs: Iterable[Pair]) -> dict[str, str]:
+    """One name for all groups that share a prompt: a column ``group`` may widen a group, never split a prompt."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for pair in pairs:
+        parent[root(pair.group)] = root(prompt_group(pair.prompt))
+    return {name: root(name) for name in list(parent)}
 
 
 def _path(data: str) -> Path:

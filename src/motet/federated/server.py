@@ -9,6 +9,7 @@ checkpoint's round. A Ctrl-C writes a checkpoint of the last finished round firs
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -151,6 +152,7 @@ def run_rounds(
                 # too many in the log, which a resumed run cuts off
                 state, memories, done = after, engine.memories, round
                 if round % settings.checkpoint_every == 0 or round == settings.rounds:
+                    os.fsync(log_file.fileno())  # the log must not be behind the checkpoint
                     _save(algorithm, state, memories, done, folder, identity)
     except KeyboardInterrupt:
         _save(algorithm, state, memories, done, folder, identity)
@@ -235,5 +237,11 @@ def _resume(algorithm: Algorithm[State], engine: Engine, folder: Path, identity:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # the line that was being written when the run was killed
+    rounds = [json.loads(line)["round"] for line in kept]
+    if sorted(set(rounds)) != list(range(1, done + 1)):
+        raise RunError(
+            f"{ROUNDS} in {str(folder)!r} must hold rounds 1 to {done}, as the checkpoint does, but some are missing; "
+            "start anew in another folder"
+        )
     write_atomically(folder / ROUNDS, "".join(line + "\n" for line in kept).encode())
     return done, algorithm.unpack(state)

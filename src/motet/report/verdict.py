@@ -4,6 +4,7 @@ In:  a ``Run``.
 Out: sentences. They are built from the figures, so they say that a taste brings nothing where it brings nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from motet.report.folder import Run, number
@@ -66,7 +67,7 @@ def verdict(run: Run) -> str:
     if summary.get("labels") == "coin-flip":
         return _coin_flip(accuracy)
     shared, oracle = number(summary.get("shared_accuracy")), number(summary.get("oracle_accuracy"))
-    unseen, length = number(summary.get("accuracy_unseen")), number(summary.get("length_accuracy"))
+    unseen, length = number(summary.get("accuracy_unseen")), _length(summary)
     low, high = _interval(run, accuracy)
     sentence = f"With a personal taste, accuracy is {percent(accuracy)}"
     if shared is not None and accuracy - shared >= NOTICEABLE and low > shared:
@@ -122,3 +123,10 @@ def _progress(run: Run) -> str:
 
 def _count(many_or_one: int, one: str, many: str) -> str:
     return f"{many_or_one:,} {one if many_or_one == 1 else many}"
+
+
+def _length(summary: Mapping[str, Any]) -> float | None:
+    """The better of the two length controls: whatever length gives away counts."""
+    both = [number(summary.get(name)) for name in ("length_accuracy", "characters_accuracy")]
+    known = [value for value in both if value is not None]
+    return max(known) if known else None

@@ -15,7 +15,7 @@ Everything is a pure function of named tensors, so one call serves a whole cohor
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,8 @@ from motet.latent.posterior import posterior, sample, start_posterior
 from motet.latent.prior import component_weights, kl_monte_carlo, kl_upper_bound
 from motet.latent.prototypes import orthogonal_loss, start_prototypes
 
+Width = Annotated[int, Field(ge=1)]
+
 
 class SelectorSettings(Section):
     """Shape of the selector and of its loss."""
@@ -39,9 +41,9 @@ class SelectorSettings(Section):
     """How the taste meets the answers. ``additive`` is the published form and cannot see the answers."""
     embedding_conditioning: bool = False
     """Add <B z, embedding> to the reward: the authors' later z-to-embedding map, on cached embeddings."""
-    extractor: tuple[int, ...] = ()
+    extractor: tuple[Width, ...] = ()
     """Widths of the feature extractor F; empty uses the whitened embedding as it is (paper: 512, 256, 128)."""
-    trunk: tuple[int, ...] = (64,)
+    trunk: tuple[Width, ...] = (64,)
     """Widths of the posterior's trunk (paper: 512, 256, 128)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of hidden units dropped in extractor and trunk while training (paper: 0.1)."""
@@ -64,7 +66,7 @@ class SelectorSettings(Section):
     kl_weight: float = Field(0.01, ge=0)
     """Weight of the KL in the loss (paper: 0.1)."""
     orthogonal_weight: float = Field(0.1, ge=0)
-    """Weight of the orthogonal loss (paper: 1)."""
+    """Weight of the orthogonal loss (paper: 0.03125, that is 1 on a mean over 32 dimensions)."""
     gamma: float = Field(0.1, ge=0)
     """Weight of orthonormality inside the orthogonal loss (paper: 0.1)."""
     anchor_weight: float = Field(1.0, ge=0)
@@ -273,7 +275,7 @@ def client_loss(
             )
             * weight
         ).sum()
-        ortho = (torch.func.vmap(lambda z: pull(z.unsqueeze(0)))(taste.mean(dim=0)) * weight).sum()
+        ortho = (torch.func.vmap(pull)(taste.transpose(0, 1)) * weight).sum()
     else:
         mean, log_scale = infer(parameters, settings, seen_chosen - seen_rejected, draws.context_mask, trunk_keep)
         taste = sample(mean, log_scale, draws.noise).unsqueeze(1)  # samples x 1 x latent
