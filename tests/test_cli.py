@@ -240,6 +240,7 @@ def test_papers(motet: Motet, mine: Path) -> None:
     assert "data hh-strict" in answer.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_demo_says_what_comes_next_and_shows_the_same_again(
     motet: Motet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

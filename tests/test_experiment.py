@@ -416,6 +416,7 @@ def test_ones_own_pairs_by_client(tmp_path: Path) -> None:
     assert names == {f"person {number}" for number in range(5)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_nobody_unseen(toy: Path, tmp_path: Path) -> None:
     words = {"unseen_clients": 0, "rounds": 1, "contexts": [0], "inference": "bayes", "cohort": 1}

@@ -408,6 +408,7 @@ def test_from_coin_flips_nothing_is_learnt(planted: Any, head: str, conditioning
     assert abs(everybody(run, people) - 0.5) < 0.05
 
 
+@pytest.mark.slow
 def test_a_taste_read_off_the_pair_it_judges_knows_the_answer(planted: Any) -> None:
     """The leak of the published form: labels are coin flips, and yet "accuracy" climbs on pairs never seen."""
     people = planted(clients=8, pairs=24, held_out=200, tastes="coin")
