@@ -153,7 +153,7 @@ def test_files_that_are_not_there_or_are_no_text(run: Path, tmp_path: Path, cach
     with pytest.raises(DataError, match=r"is not UTF-8 text; --pairs wants JSON lines"):
         read_questions(tmp_path / "bytes")
     new = questions(tmp_path / "new.jsonl")
-    with pytest.raises(DataError, match="there is no file .*gone.jsonl'; --context wants JSON lines"):
+    with pytest.raises(DataError, match=r"there is no file .*gone.jsonl'; --context wants JSON lines"):
         predict(run, tmp_path / "gone.jsonl", new, cache)
     broken = lines(tmp_path / "me.jsonl", GOOD | {"chosen": "a"})
     with pytest.raises(DataError, match=r"me.jsonl:1 \(the field 'rejected' is missing\)"):
