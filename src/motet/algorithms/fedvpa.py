@@ -81,8 +81,8 @@ PAPER = {
 }  # fmt: skip
 """Preset ``paper``: the published form and figures wherever ours differ.
 
-The published weight of the orthogonal loss is 1, but the authors' code averages the pull over 32 dimensions, and that is
-1/32 here. With 1 on the sum every taste is pinned to its prototype (``LOG.md``)."""
+The published weight of the orthogonal loss is 1, but the authors' code averages the pull over the 32 dimensions:
+that is 1/32 here. With 1 on the sum every taste is pinned to its prototype (``LOG.md``)."""
 
 
 @dataclass(frozen=True)
