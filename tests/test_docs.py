@@ -193,23 +193,28 @@ def test_the_page_of_settings_is_what_the_script_prints(monkeypatch: pytest.Monk
     assert text_of(DOCS / "settings.md") == script().page(), "run scripts/settings-page --write"
 
 
-def test_every_setting_has_a_meaning() -> None:
-    from motet.experiment import TABLES
+def all_tables() -> list[tuple[str, Any, Mapping[str, Any]]]:
+    """Every table of settings, with what preset ``paper`` sets in it."""
+    from motet.algorithms import ALGORITHMS
+    from motet.experiment import PRESETS, TABLES
 
-    for name, kind in TABLES.items():
+    own = [(f"algorithm of {name}", method.settings, method.paper) for name, method in ALGORITHMS.items()]
+    return [(name, kind, PRESETS["paper"].get(name, {})) for name, kind in TABLES.items()] + own
+
+
+def test_every_setting_has_a_meaning() -> None:
+    for name, kind, _ in all_tables():
         for setting, field in kind.model_fields.items():
             assert (field.description or "").endswith("."), f"{setting} of [{name}] needs a sentence under it"
 
 
 def test_what_a_setting_calls_the_papers_value_is_what_the_preset_sets() -> None:
-    from motet.experiment import PRESETS, TABLES
-
-    for name, kind in TABLES.items():
+    for _, kind, paper in all_tables():
         for setting, field in kind.model_fields.items():
             said = re.search(r"paper: ([^)]+)\)", field.description or "")
             if said is None:
                 continue
-            value = PRESETS["paper"].get(name, {}).get(setting, field.default)
+            value = paper.get(setting, field.default)
             for word in (said[1], f'"{said[1]}"', f"[{said[1]}]"):
                 try:
                     stated = tomllib.loads(f"value = {word}")["value"]
@@ -404,10 +409,11 @@ def test_a_reply_holds_what_the_page_on_privacy_says() -> None:
     import torch
 
     from motet.algorithms.fedvpa import FIGURES, FedVPA, FedVPASettings
+    from motet.federated.contract import Ground
     from motet.records import ClientData
 
     settings = FedVPASettings(local_steps=1)
-    algorithm = FedVPA(settings, 6, 1, 0)
+    algorithm = FedVPA(settings, Ground(6, 1, 0))
     state = algorithm.start(1)
     data = ClientData(0, torch.randn(5, 6), torch.randn(5, 6), torch.randn(5, 1))
     (reply,), _ = algorithm.client_update([algorithm.broadcast(state, 1, 0)], [data], [{}])

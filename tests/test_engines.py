@@ -9,6 +9,7 @@ from torch import Tensor
 
 from motet.algorithms.fedvpa import FedVPA, FedVPASettings
 from motet.engines.local import LocalEngine
+from motet.federated.contract import Ground
 from motet.records import Broadcast, Reply
 
 SHAPE = FedVPASettings(
@@ -25,7 +26,7 @@ def clients(planted: Any) -> list[Any]:
 
 
 def engine(clients: list[Any], batch: int = 64) -> LocalEngine:
-    return LocalEngine(FedVPA(SHAPE, 12, 2, seed=0), clients, batch)
+    return LocalEngine(FedVPA(SHAPE, Ground(12, 2, 0)), clients, batch)
 
 
 def rounds(visitor: LocalEngine, turn: bool = False) -> tuple[Any, dict[str, Tensor]]:

@@ -20,9 +20,10 @@ from motet.evaluation.metrics import (
     gap_closed,
     tally,
 )
-from motet.evaluation.people import HeldOut, Judged, context_indices, judge, mean_correct, same_pair_probabilities
+from motet.evaluation.people import HeldOut, Judged, context_indices, judge, mean_correct
+from motet.evaluation.predictors import SelectorPredictor, same_pair_probabilities
 from motet.records import ClientData, generator
-from motet.selector.selector import PriorTensors, SelectorSettings, start_parameters
+from motet.selector.selector import PopulationSettings, PriorTensors, start_parameters
 from motet.selector.trained import Selector
 from motet.selector.whitening import Whitening
 
@@ -179,7 +180,7 @@ def test_a_linear_reward_of_little() -> None:
 
 
 def selector(components: int = 4, seed: int = 0) -> Selector:
-    shape = SelectorSettings(latent=LATENT, trunk=(5,), prototypes=2)
+    shape = PopulationSettings(latent=LATENT, trunk=(5,), prototypes=2)
     start = start_parameters(shape, HIDDEN, 1, generator(seed))
     noise = generator(seed, "noise")
     parameters = {name: t + 0.4 * torch.randn(t.shape, generator=noise) for name, t in start.items()}
@@ -187,7 +188,8 @@ def selector(components: int = 4, seed: int = 0) -> Selector:
     prior = PriorTensors(
         means, torch.zeros(components, LATENT), torch.randn(components, generator=noise).log_softmax(0)
     )
-    return Selector(shape, parameters, prior, Whitening(torch.zeros(HIDDEN), torch.eye(HIDDEN), torch.ones(1)))
+    nobody = torch.zeros(0, LATENT)
+    return Selector(shape, parameters, prior, Whitening.none(HIDDEN, 1), nobody)
 
 
 def rows(count: int, *names: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +227,7 @@ def test_judging_infers_from_no_more_pairs_than_asked(monkeypatch: pytest.Monkey
         return real(self, chosen, rejected)
 
     monkeypatch.setattr(Selector, "infer", counting)
-    found = judge(selector(), [person(1, held_out())], (0, 2, 4), draws=3, seed=0)
+    found = judge(SelectorPredictor(selector()), [person(1, held_out())], (0, 2, 4), draws=3, seed=0)
     assert sizes == [0, 2, 2, 2, 4, 4, 4]
     assert {key: found[key][1].shape[0] for key in found} == {
         (size, how): 1 if size == 0 else 3 for size in (0, 2, 4) for how in ("amortised", "bayes")
@@ -233,8 +235,8 @@ def test_judging_infers_from_no_more_pairs_than_asked(monkeypatch: pytest.Monkey
 
 
 def test_probabilities_of_a_pair_and_of_its_mirror_sum_to_one() -> None:
-    there = judge(selector(), [person(1, held_out())], (0, 3), 2, 0)
-    back = judge(selector(), [person(1, held_out(swap=True))], (0, 3), 2, 0)
+    there = judge(SelectorPredictor(selector()), [person(1, held_out())], (0, 3), 2, 0)
+    back = judge(SelectorPredictor(selector()), [person(1, held_out(swap=True))], (0, 3), 2, 0)
     for key, found in there.items():
         assert torch.allclose(found[1] + back[key][1], torch.ones_like(found[1]), atol=1e-6)
         assert ((found[1] > 0) & (found[1] < 1)).all()
@@ -242,7 +244,7 @@ def test_probabilities_of_a_pair_and_of_its_mirror_sum_to_one() -> None:
 
 def test_no_context_is_the_population() -> None:
     s, someone, test = selector(), person(1, held_out()), held_out()
-    found = judge(s, [someone], (0,), 4, 0)
+    found = judge(SelectorPredictor(s), [someone], (0,), 4, 0)
     taste = s.population()[0].unsqueeze(0)
     expected = torch.sigmoid(s.margins(taste, test.chosen, test.rejected, test.scalars))
     assert torch.equal(found[0, "amortised"][1], expected)
@@ -252,7 +254,7 @@ def test_no_context_is_the_population() -> None:
 
 def test_bayes_equals_brute_force() -> None:
     s, someone = selector(), person(1, held_out())
-    found = judge(s, [someone], (3,), draws=2, seed=0)[3, "bayes"][1]
+    found = judge(SelectorPredictor(s), [someone], (3,), draws=2, seed=0)[3, "bayes"][1]
     test, context = someone.test, someone.context
     for draw, picked in enumerate(context_indices(someone, 3, 2, 0)):
         weights = []
@@ -267,10 +269,10 @@ def test_bayes_equals_brute_force() -> None:
 def test_people_who_share_a_test_are_judged_as_if_alone() -> None:
     s, shared = selector(), held_out()
     crowd = [person(client, shared) for client in range(4)]
-    together = judge(s, crowd, (0, 2, 4), 2, 0)
+    together = judge(SelectorPredictor(s), crowd, (0, 2, 4), 2, 0)
     for someone in crowd:
         own = Judged(**{**vars(someone), "test": held_out()})  # an equal test, but an object of its own
-        alone = judge(s, [own], (0, 2, 4), 2, 0)
+        alone = judge(SelectorPredictor(s), [own], (0, 2, 4), 2, 0)
         for key, found in alone.items():
             assert torch.equal(found[someone.client_id], together[key][someone.client_id])
 

@@ -11,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from motet.algorithms.fedvpa import PAPER, FedVPA, FedVPASettings, FedVPAState
+from motet.federated.contract import Ground
 from motet.latent.posterior import posterior_statistics
 from motet.latent.prior import mixture_log_density
 from motet.records import ClientData, Memory, Reply
@@ -32,7 +33,7 @@ PAPER_SMALL = PAPER | {"extractor": (16, 8), "trunk": (16, 8), "latent": 4, "loc
 
 
 def made(table: dict[str, Any], seed: int = 0, **changes: Any) -> FedVPA:
-    return FedVPA(FedVPASettings(**(table | changes)), HIDDEN, SCALARS, seed)
+    return FedVPA(FedVPASettings(**(table | changes)), Ground(HIDDEN, SCALARS, seed))
 
 
 class Run(NamedTuple):

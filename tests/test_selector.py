@@ -11,9 +11,9 @@ from motet.records import generator
 from motet.selector.selector import (
     Answers,
     Draws,
+    PopulationSettings,
     PriorTensors,
     Rows,
-    SelectorSettings,
     answers,
     bayes_responsibilities,
     client_loss,
@@ -28,12 +28,12 @@ HEADS = pytest.mark.parametrize("head", ["bilinear", "film", "additive"])
 CONDITIONING = pytest.mark.parametrize("conditioning", [False, True])
 
 
-def settings(**changes: Any) -> SelectorSettings:
+def settings(**changes: Any) -> PopulationSettings:
     kept = {"latent": LATENT, "extractor": (8, 6), "trunk": (7,), "prototypes": 2, "samples": 3}
-    return SelectorSettings(**(kept | changes))
+    return PopulationSettings(**(kept | changes))
 
 
-def parameters_of(s: SelectorSettings, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def parameters_of(s: PopulationSettings, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Parameters in which nothing is nought by chance of the start."""
     start = start_parameters(s, HIDDEN, SCALARS, generator(0))
     return {name: (tensor + 0.3 * torch.randn(tensor.shape)).to(dtype) for name, tensor in start.items()}
@@ -116,7 +116,7 @@ def test_one_taste_an_answer_equals_taste_by_taste(head: str, conditioning: bool
     torch.testing.assert_close(many.diagonal(), together)
 
 
-def some_step(s: SelectorSettings, context: int = 3, target: int = 4, dtype: torch.dtype = torch.float64) -> Any:
+def some_step(s: PopulationSettings, context: int = 3, target: int = 4, dtype: torch.dtype = torch.float64) -> Any:
     """Everything that ``client_loss`` is given after the parameters."""
 
     def normal(*shape: int) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor
 from motet.errors import ConfigError, RunError
 from motet.records import generator
 from motet.selector.backbone import BackboneSettings
-from motet.selector.selector import PriorTensors, SelectorSettings, start_parameters
+from motet.selector.selector import SelectorSettings, PriorTensors, start_parameters
 from motet.selector.trained import CONFIG, TENSORS, Selector, load_selector, save_selector
 from motet.selector.whitening import Whitening
 from toy_run import toy_run
 
 HIDDEN, LATENT = 5, 3
-SHAPE = SelectorSettings(latent=LATENT, trunk=(4,), extractor=(6,), head="film", prototypes=2, prototype_scale=3.0)
+SHAPE = SelectorSettings(latent=LATENT, trunk=(4,), extractor=(6,), head="film")
 
 
 def selector(components: int = 4) -> Selector:
@@ -29,7 +29,8 @@ def selector(components: int = 4) -> Selector:
     log_scales = 0.1 * torch.randn(components, LATENT, generator=noise)
     prior = PriorTensors(means, log_scales, torch.randn(components, generator=noise).log_softmax(0))
     whitening = Whitening(torch.randn(7, generator=noise), torch.randn(7, HIDDEN, generator=noise), torch.ones(2))
-    return Selector(SHAPE, parameters, prior, whitening, ("left", "right"))
+    tastes = torch.randn(2, LATENT, generator=noise)
+    return Selector(SHAPE, parameters, prior, whitening, tastes, ("left", "right"))
 
 
 def pairs(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +95,6 @@ def test_margins_of_one_taste_each_are_the_diagonal() -> None:
     s, tastes = selector(), torch.randn(6, LATENT)
     whole = s.margins(tastes, *pairs(6))
     assert torch.allclose(s.margins_one_taste_each(tastes, *pairs(6)), whole.diagonal(), atol=1e-6)
-    assert torch.allclose(s.prototype_tastes(), 3 * s.parameters["prototypes"])
 
 
 def cut(folder: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_folder_without_a_selector_is_refused(tmp_path: Path, name: str) -> No
 def test_a_selector_of_another_format_is_refused(tmp_path: Path) -> None:
     save_selector(selector(), tmp_path, BackboneSettings(), "f00")
     config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"format": 2}))
-    with pytest.raises(RunError, match="has format 2, this motet reads 1; use the motet that wrote it"):
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"format": 3}))
+    with pytest.raises(RunError, match="has format 3, this motet reads 2; use the motet that wrote it"):
         load_selector(tmp_path)
 
 

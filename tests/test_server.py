@@ -21,6 +21,7 @@ from torch import Tensor
 from motet.algorithms.fedvpa import FedVPA, FedVPASettings, FedVPAState
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, RunError
+from motet.federated.contract import Ground
 from motet.federated.server import CHECKPOINT, ROUNDS, Interrupted, Progress, RunSettings, run_rounds
 from motet.records import Broadcast, ClientData, Memory, Reply, generator
 
@@ -42,7 +43,7 @@ def people() -> list[ClientData]:
 
 
 def fedvpa() -> FedVPA:
-    return FedVPA(SHAPE, HIDDEN, 1, seed=3)
+    return FedVPA(SHAPE, Ground(HIDDEN, 1, 3))
 
 
 def go(
@@ -257,6 +258,9 @@ class Counting:
 
     def server_update(self, state: Tensor, replies: Sequence[Reply]) -> Tensor:
         return state + len(replies)
+
+    def visits(self, state: Tensor, sites: Sequence[int], cohort: Sequence[int]) -> Sequence[Sequence[int]]:
+        return (cohort,)
 
     def figures(self, state: Tensor) -> Mapping[str, float]:
         return {}

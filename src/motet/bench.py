@@ -26,6 +26,7 @@ from motet.data.recipes import DataSettings, load_recipe
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, MotetError
 from motet.experiment import Silent, default_cache, prepare, resolve
+from motet.federated.contract import Ground
 from motet.latent.prior import merge
 from motet.records import ClientData, generator
 from motet.selector.backbone import BackboneSettings, CausalBackbone, Item, batches, open_backbone
@@ -63,7 +64,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 def cached_rounds(cache: Path) -> dict[str, Any]:
     """A round on cached features against a round that runs the backbone over the cohort's pairs again."""
-    asked = resolve("voices", {"clients": 24, "cohort": 10})
+    asked, shape = resolve("voices", {"clients": 24, "cohort": 10}), FedVPASettings()
     prepared = prepare(asked, cache, Silent())
     seen = [person.context for person in prepared.people if person.seen]
     cohort = list(range(10))
@@ -73,7 +74,7 @@ def cached_rounds(cache: Path) -> dict[str, Any]:
             texts |= {(pair.prompt, pair.chosen): None, (pair.prompt, pair.rejected): None}
     items: list[Item] = list(texts)
     backbone = open_backbone(asked.backbone, cache)
-    algorithm = FedVPA(asked.algorithm, seen[0].chosen.shape[1], seen[0].scalars.shape[1], 0)
+    algorithm = FedVPA(shape, Ground(seen[0].chosen.shape[1], seen[0].scalars.shape[1], 0))
     engine = LocalEngine(algorithm, seen, 32)
     state, rounds = algorithm.start(len(seen)), []
     for round in range(1, 8):
@@ -95,7 +96,7 @@ def cached_rounds(cache: Path) -> dict[str, Any]:
 def batched_clients(cache: Path) -> dict[str, Any]:
     """64 clients in one batch against the same 64 one after another, default settings."""
     clients = _made_up(64, pairs=24, hidden=128)
-    algorithm = FedVPA(FedVPASettings(), 128, 1, 0)
+    algorithm = FedVPA(FedVPASettings(), Ground(128, 1, 0))
     state = algorithm.start(64)
     state = _round(algorithm, LocalEngine(algorithm, clients, 64), state, 1, range(64))
     together: list[float] = []
@@ -169,7 +170,7 @@ def known_clients(cache: Path) -> dict[str, Any]:
 
 def _known_clients() -> None:
     clients = _made_up(100, pairs=12, hidden=128)
-    algorithm = FedVPA(FedVPASettings(), 128, 1, 0)
+    algorithm = FedVPA(FedVPASettings(), Ground(128, 1, 0))
     states = {known: _populated(algorithm, known) for known in (100, 10_000)}
     seconds: dict[int, list[float]] = {100: [], 10_000: []}
     ratios = []

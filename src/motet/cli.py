@@ -147,7 +147,8 @@ def run_command(
     recipe: Annotated[
         str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/RECIPE-SEED).")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="The algorithm (default: fedvpa).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/RECIPE-METHOD-SEED).")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
     ] = None,
@@ -185,8 +186,8 @@ def run_command(
         raise ConfigError(
             "a recipe is needed, got none; motet run voices needs no data, motet run --help lists them all"
         )
-    asked = settle(recipe, table, config, seed)
-    folder = out if out is not None else Path("runs") / f"{asked.data.recipe}-{asked.seed}"
+    asked = settle(recipe, table, config, seed, method)
+    folder = out if out is not None else Path("runs") / f"{asked.data.recipe}-{asked.method}-{asked.seed}"
     watcher = _Console(quiet=as_json)
     try:
         summary = run(asked, folder, cache, resume, watcher)
@@ -316,7 +317,7 @@ class _Console:
         self._bar("reading answers", done, total, f"{done:,} of {total:,} tokens")
 
     def round(self, log: "RoundLog", rounds: int, accuracy: Mapping[str, float] | None) -> None:
-        note = f"loss {log.figures.get('choice_loss', float('nan')):.3f}"
+        note = f"loss {log.figures['choice_loss']:.3f}" if "choice_loss" in log.figures else ""
         if accuracy:
             self.last = f", accuracy {sum(accuracy.values()) / len(accuracy):.1%}"
         self._bar("rounds", log.round, rounds, note + getattr(self, "last", ""))

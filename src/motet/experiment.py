@@ -17,7 +17,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from motet.algorithms import ALGORITHMS
-from motet.algorithms.fedvpa import PAPER, FedVPA, FedVPASettings, FedVPAState
+from motet.algorithms.fedvpa import FedVPASettings
 from motet.config import Section, nearest, read_toml, settings, write_atomically, write_toml
 from motet.data.partition import Deal, deal_table
 from motet.data.recipes import RECIPES, DataSettings, load_recipe
@@ -41,17 +42,20 @@ from motet.evaluation.people import (
     HeldOut,
     Inference,
     Judged,
+    Predictor,
     judge,
     mean_correct,
 )
-from motet.evaluation.table import evaluate
+from motet.evaluation.predictors import SelectorPredictor
+from motet.evaluation.table import Judgement, evaluate, judge_controls
+from motet.federated.contract import Ground
 from motet.federated.server import ROUNDS, Progress, RunSettings, check_checkpoint, has_checkpoint, run_rounds
 from motet.records import ClientData, Pair, RoundLog
 from motet.report import write_report
-from motet.selector.backbone import Backbone, BackboneSettings, Item, find_device, open_backbone
-from motet.selector.features import choice_log_odds, embeddings, text_key
-from motet.selector.selector import PriorTensors, SelectorSettings
-from motet.selector.trained import Selector, save_selector
+from motet.selector.backbone import BackboneSettings, find_device, model_folder, open_backbone
+from motet.selector.embedded import embed
+from motet.selector.features import text_key
+from motet.selector.trained import About, Selector
 from motet.selector.whitening import FeatureSettings, Whitening, fit_whitening
 
 REPORT = "report.html"
@@ -60,21 +64,26 @@ TABLES: dict[str, type[Section]] = {
     "data": DataSettings,
     "backbone": BackboneSettings,
     "features": FeatureSettings,
-    "algorithm": FedVPASettings,
     "run": RunSettings,
     "evaluation": EvaluationSettings,
 }
-"""Tables of ``config.toml``. Names of settings are unique over all of them, so ``--set`` needs no table."""
+"""Tables of ``config.toml``; ``[algorithm]`` is the method's own. Names of settings are unique over all of them, so
+``--set`` needs no table."""
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "paper": {
-        "algorithm": PAPER,
         "backbone": {"embedding_pooling": "last", "depth": 1.0, "choice_log_odds": True},
         "features": {"whitening": 0},
         "run": {"rounds": 50},
     },
 }
+"""What each preset sets beside the method's own ``[algorithm]``."""
+
+
+def tables_of(method: str) -> dict[str, type[Section]]:
+    """All tables of a run of this method."""
+    return {**TABLES, "algorithm": ALGORITHMS[method].settings}
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
-    algorithm: FedVPASettings = field(default_factory=FedVPASettings)
+    algorithm: Section = field(default_factory=FedVPASettings)
+    """Settings of the method, of the type that ``ALGORITHMS`` names."""
     run: RunSettings = field(default_factory=RunSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     seed: int = 0
@@ -92,7 +102,7 @@ class Settings:
 
     def tables(self) -> dict[str, Any]:
         """As TOML tables."""
-        tables = {name: getattr(self, name).model_dump(mode="json") for name in TABLES}
+        tables = {name: getattr(self, name).model_dump(mode="json") for name in tables_of(self.method)}
         return {"method": self.method, "seed": self.seed, **tables}
 
 
@@ -126,6 +136,7 @@ def resolve(
     words: Mapping[str, Any] | None = None,
     config: Path | None = None,
     seed: int | None = None,
+    method: str | None = None,
 ) -> Settings:
     """Settings from, in rising order of precedence: defaults, preset, TOML file, single words.
 
@@ -134,26 +145,34 @@ def resolve(
         words: Settings by name, with or without their table: ``{"clients": 40, "run.rounds": 10}``.
         config: A TOML file such as a run folder's ``config.toml``.
         seed: Overrides the file's.
+        method: Name of the algorithm; overrides the file's. Without both it is ``fedvpa``.
 
     Raises:
         ConfigError: Anything unknown or out of range, with its place.
     """
     place = f"{config.name}" if config else "the settings"
     file = read_toml(config) if config else {}
+    method = file.get("method", "fedvpa") if method is None else method
+    if not isinstance(method, str) or method not in ALGORITHMS:
+        raise ConfigError(f"unknown method {method!r} in {place}; {nearest(str(method), ALGORITHMS)}")
+    tables = tables_of(method)
     for name, value in file.items():
-        if name not in (*TABLES, "seed", "method"):
-            raise ConfigError(f"unknown table {name!r} in {place}; {nearest(name, [*TABLES, 'seed', 'method'])}")
-        if name in TABLES and not isinstance(value, Mapping):
+        if name not in (*tables, "seed", "method"):
+            raise ConfigError(f"unknown table {name!r} in {place}; {nearest(name, [*tables, 'seed', 'method'])}")
+        if name in tables and not isinstance(value, Mapping):
             raise ConfigError(f"{name!r} in {place} must be a table, write [{name}] and its settings below it")
-    asked = _by_table(words or {})
+    if method != file.get("method", method):
+        file = {name: value for name, value in file.items() if name != "algorithm"}  # it is another method's
+    asked = _by_table(words or {}, method)
     if recipe is not None:
         asked.setdefault("data", {})["recipe"] = recipe
     preset = asked.get("run", {}).get("preset", file.get("run", {}).get("preset", "default"))
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; {nearest(str(preset), PRESETS)}")
+    standing = {**PRESETS[preset], "algorithm": ALGORITHMS[method].paper if preset == "paper" else {}}
     built: dict[str, Any] = {}
-    for name, kind in TABLES.items():
-        table = {**PRESETS[preset].get(name, {}), **file.get(name, {})}
+    for name, kind in tables.items():
+        table = {**standing.get(name, {}), **file.get(name, {})}
         settings(kind, table, f"[{name}] of {place}")  # so that a mistake is reported where it was made
         built[name] = settings(kind, {**table, **asked.get(name, {})}, "--set")
     if built["data"].recipe not in RECIPES:
@@ -161,20 +180,21 @@ def resolve(
     number = seed if seed is not None else file.get("seed", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigError(f"seed must be a whole number of 0 or more, got {number!r}")
-    method = file.get("method", "fedvpa")
-    if not isinstance(method, str) or method not in ALGORITHMS:
-        raise ConfigError(f"unknown method {method!r} in {place}; {nearest(str(method), ALGORITHMS)}")
     return Settings(**built, seed=number, method=method)
 
 
-def _by_table(words: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    homes = {name: table for table, kind in TABLES.items() for name in kind.model_fields}
+def _by_table(words: Mapping[str, Any], method: str) -> dict[str, dict[str, Any]]:
+    tables = tables_of(method)
+    homes = {name: table for table, kind in tables.items() for name in kind.model_fields}
     result: dict[str, dict[str, Any]] = defaultdict(dict)
     for word, value in words.items():
         table, dot, name = word.rpartition(".")
         name = name if dot else word
-        if (dot and table not in TABLES) or name not in homes or (dot and homes[name] != table):
+        if (dot and table not in tables) or name not in homes or (dot and homes[name] != table):
+            owners = [other for other, entry in ALGORITHMS.items() if name in entry.settings.model_fields]
             hint = "it has an option of its own, --seed" if word == "seed" else nearest(name, homes)
+            if name not in homes and owners:
+                hint = f"it belongs to {', '.join(owners)}, this run is of {method}"
             raise ConfigError(f"unknown setting {word!r} in --set; {hint}")
         result[homes[name]][name] = value
     return dict(result)
@@ -193,6 +213,14 @@ class Prepared:
     seconds: float
     """Spent on features; near 0 when all of them were cached."""
     texts: int
+    seed: int
+
+    @cached_property
+    def controls(self) -> Mapping[str, Judgement]:
+        """Shared reward, lengths and oracle; the same for every method that runs on this."""
+        train = {person.client_id: person.train for person in self.deal.people}
+        test = {person.client_id: person.test for person in self.deal.people}
+        return judge_controls(self.people, self.seed, train, test)
 
 
 def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | None = None) -> Prepared:
@@ -202,37 +230,42 @@ def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | N
     started = time.perf_counter()
     backbone = open_backbone(asked.backbone, cache)
     holdings = [person.train for person in deal.people] + [person.test for person in deal.people] + [deal.public]
-    table = _embed(backbone, holdings, asked.backbone.choice_log_odds, cache, watcher)
+    table = embed(backbone, holdings, asked.backbone.choice_log_odds, cache, watcher.features)
     seconds = time.perf_counter() - started
-    public = [(pair, *table.rows(pair)) for pair in deal.public]
-    if not public and asked.features.whitening:
+    if not deal.public and asked.features.whitening:
         raise DataError(
             "0 public pairs, but whitening is learnt from their texts; "
             "raise public_share above 0 (0.1 is usual) or set whitening=0"
         )
-    texts = torch.tensor(sorted({row for _, a, b in public for row in (a, b)}), dtype=torch.long)
+    texts = torch.unique(torch.cat(table.rows(deal.public)))
     scalars = table.scalars(deal.public)
     whitening = fit_whitening(table.embedding[texts], scalars, asked.features.whitening, asked.features.shrinkage)
     white = whitening(table.embedding)
 
     def take(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.tensor([table.rows(pair) for pair in pairs], dtype=torch.long).reshape(-1, 2)
-        return white[rows[:, 0]], white[rows[:, 1]], table.scalars(pairs) / whitening.scalar_scale
+        chosen, rejected = table.rows(pairs)
+        return white[chosen], white[rejected], table.scalars(pairs) / whitening.scalar_scale
 
     shared: dict[int, HeldOut] = {}
     people = []
     for person in deal.people:
         if id(person.test) not in shared:
             axes = tuple(pair.axis or "all" for pair in person.test)
-            shared[id(person.test)] = HeldOut(*take(person.test), axes, tuple(pair.group for pair in person.test))
+            groups = tuple(pair.group for pair in person.test)
+            shared[id(person.test)] = HeldOut(*take(person.test), axes, groups, person.test)
         data = ClientData(person.client_id, *take(person.train))
         people.append(Judged(person.client_id, person.name, person.seen, person.axis, data, shared[id(person.test)]))
     pairs = {person.client_id: person.train for person in deal.people}
-    return Prepared(deal, tuple(people), pairs, whitening, backbone.fingerprint, seconds, len(table.row_of))
+    return Prepared(deal, tuple(people), pairs, whitening, backbone.fingerprint, seconds, len(table.row_of), asked.seed)
 
 
 def run(
-    asked: Settings, out: Path | str, cache: Path | None = None, resume: bool = False, watcher: Watcher | None = None
+    asked: Settings,
+    out: Path | str,
+    cache: Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    prepared: Prepared | None = None,
 ) -> dict[str, Any]:
     """Run one experiment and leave a folder that tells everything about it.
 
@@ -242,6 +275,8 @@ def run(
         cache: Where features and converted models are kept; default: ``MOTET_CACHE`` or ``~/.cache/motet``.
         resume: Go on from the folder's checkpoint.
         watcher: Told of every step.
+        prepared: What :func:`prepare` made of the same data, backbone, features and seed, so that several methods
+            share the reading; left out: it is made here.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -256,25 +291,25 @@ def run(
     if out.exists() and not out.is_dir():
         raise RunError(f"{str(out)!r} is a file; --out wants a folder")
     with _locked(out):
-        prepared = prepare(asked, cache, watcher, out / "quarantine.jsonl")
+        prepared = prepared or prepare(asked, cache, watcher, out / "quarantine.jsonl")
         asked = _completed(asked, prepared.deal)
         identity = _identity(asked, prepared)
         if resume:  # before the folder is written to: a run that is refused must stay as it was
-            check_checkpoint(out, FedVPA.name, identity, asked.run.rounds)
+            check_checkpoint(out, asked.method, identity, asked.run.rounds)
         for stale in ("summary.json", "evaluation.json", REPORT):  # a prolonged run must not show an old end as its own
             (out / stale).unlink(missing_ok=True)
         write_toml(out / "config.toml", asked.tables())
         write_atomically(out / "deal.json", _json(deal_table(prepared.deal)))
-        seen = [person.context for person in prepared.people if person.seen]
-        hidden, scalars = seen[0].chosen.shape[1], seen[0].scalars.shape[1]
-        algorithm = FedVPA(asked.algorithm, hidden, scalars, asked.seed)
-        engine = LocalEngine(algorithm, seen, asked.run.batch_clients, find_device(asked.run.train_on))
+        algorithm = build_algorithm(asked, prepared, cache)
+        engine = LocalEngine(
+            algorithm, holdings(asked, prepared), asked.run.batch_clients, find_device(asked.run.train_on)
+        )
 
-        def watch(progress: Progress[FedVPAState]) -> Mapping[str, float] | None:
+        def watch(progress: Progress[Any]) -> Mapping[str, float] | None:
             log, every = progress.log, asked.run.evaluate_every
             found = None
             if every and (log.round % every == 0 or log.round == asked.run.rounds):
-                found = _quick_look(as_selector(asked, progress.state, prepared.whitening), prepared, asked)
+                found = _quick_look(algorithm.predictor(progress.state), prepared, asked)
             watcher.round(log, asked.run.rounds, found)
             return found
 
@@ -283,19 +318,47 @@ def run(
         return conclude(asked, prepared, algorithm, state, out)
 
 
-def conclude(asked: Settings, prepared: Prepared, algorithm: FedVPA, state: FedVPAState, out: Path) -> dict[str, Any]:
+def build_algorithm(asked: Settings, prepared: Prepared, cache: Path) -> Any:
+    """The algorithm of a run, told what every algorithm is told, and what its method wants beyond that."""
+    method, some = ALGORITHMS[asked.method], prepared.people[0].context
+    ground = Ground(
+        hidden=some.chosen.shape[1],
+        scalars=some.scalars.shape[1],
+        seed=asked.seed,
+        axes=prepared.deal.axes if "axes" in method.wants else (),
+        base=model_folder(asked.backbone, cache) if "base" in method.wants else None,
+        device=str(find_device(asked.backbone.device)),
+    )
+    return method.build(asked.algorithm, ground)
+
+
+def holdings(asked: Settings, prepared: Prepared) -> list[ClientData]:
+    """What the clients in training hold. Texts only where the method wants them; axes for the oracle alone."""
+    wants = ALGORITHMS[asked.method].wants
+    held = []
+    for person in prepared.people:
+        if person.seen:
+            pairs = prepared.pairs[person.client_id] if wants & {"texts", "axes"} else ()
+            blind = pairs if "axes" in wants else tuple(replace(pair, axis=None) for pair in pairs)
+            held.append(replace(person.context, pairs=blind))
+    return held
+
+
+def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, out: Path) -> dict[str, Any]:
     """Judge a trained state, and write all that a run folder holds beside its log."""
-    names = _prototype_names(algorithm.assignment(state), prepared.deal, asked.algorithm.prototypes)
-    selector = as_selector(asked, state, prepared.whitening, names)
-    save_selector(selector, out, asked.backbone, prepared.fingerprint, recipe=asked.data.recipe, method=asked.method)
-    posteriors = {"ids": state.ids, "means": state.means, "log_scales": state.log_scales}
-    posteriors |= {"prototypes": selector.prototype_tastes()}
-    write_atomically(out / "posteriors.safetensors", save({k: v.clone().contiguous() for k, v in posteriors.items()}))
+    assigned, predictor, method = algorithm.assignment(state), algorithm.predictor(state), ALGORITHMS[asked.method]
+    groups = getattr(asked.algorithm, method.groups) if method.groups else 0
+    notes = {"recipe": asked.data.recipe, "method": asked.method}
+    names = _prototype_names(assigned, prepared.deal, groups)
+    about = About(asked.backbone, prepared.fingerprint, prepared.whitening, names, notes)
+    algorithm.export(state, out, about)
+    units, posterior_bytes = None, None
+    if isinstance(predictor, SelectorPredictor):
+        means = _write_posteriors(predictor.selector, prepared, out)
+        units, posterior_bytes = active_units(means), 2 * means.shape[1] * means.element_size()
     evaluation, figures = evaluate(
-        selector, prepared.people, asked.evaluation, asked.seed, algorithm.assignment(state),
-        {person.client_id: person.train for person in prepared.deal.people},
-        {person.client_id: person.test for person in prepared.deal.people},
-    )  # fmt: skip
+        predictor, method.title, prepared.people, asked.evaluation, asked.seed, assigned, prepared.controls
+    )
     if asked.data.labels == "coin-flip":
         flipped = "All labels were replaced by coin flips: anything but 50 % on held-out pairs would be a leak."
         evaluation["warnings"].append(flipped)
@@ -312,19 +375,19 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: FedVPA, state: FedV
         "seed": asked.seed,
         "clients": len(prepared.deal.seen),
         "unseen_clients": len(prepared.deal.unseen),
-        "rounds": state.round,
+        "rounds": asked.run.rounds,
         **figures,
-        "active_units": active_units(state.means),
-        "kl": algorithm.figures(state)["kl"],
-        "adjusted_rand": adjusted_rand(algorithm.assignment(state), truth),
+        "active_units": units,
+        "kl": algorithm.figures(state).get("kl"),
+        "adjusted_rand": adjusted_rand(assigned, truth),
         "bytes_up_per_client_round": sum(log["bytes_up"] for log in logs) / max(visits, 1),
         "bytes_down_per_client_round": sum(log["bytes_down"] for log in logs) / max(visits, 1),
-        "posterior_bytes": 2 * asked.algorithm.latent * state.means.element_size(),
+        "posterior_bytes": posterior_bytes,
         "setup_bytes": whitening,
         "seconds_per_round": statistics.median(log["seconds"] for log in logs),
         "feature_seconds": prepared.seconds,
         "texts": prepared.texts,
-        "parameters_added": sum(tensor.numel() for tensor in state.parameters.values()),
+        "parameters_added": algorithm.parameters_added(state),
         "backbone": asked.backbone.model,
         "fingerprint": prepared.fingerprint,
         "said": list(prepared.deal.said),
@@ -335,12 +398,18 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: FedVPA, state: FedV
     return summary
 
 
-def as_selector(asked: Settings, state: FedVPAState, whitening: Whitening, names: tuple[str, ...] = ()) -> Selector:
-    """A state as something that can be asked."""
-    counts = state.prior.counts
-    prior = PriorTensors(state.prior.means, state.prior.log_scales, (counts / counts.sum().clamp(min=1)).log())
-    shape = SelectorSettings(**{name: getattr(asked.algorithm, name) for name in SelectorSettings.model_fields})
-    return Selector(shape, state.parameters, prior, whitening, names)
+def _write_posteriors(selector: Selector, prepared: Prepared, out: Path) -> Tensor:
+    """What all training pairs of each seen person say of its taste, under the final selector. Returns the means."""
+    seen = [person for person in prepared.people if person.seen]
+    means, log_scales = zip(*(selector.infer(p.context.chosen, p.context.rejected) for p in seen), strict=True)
+    tensors = {
+        "ids": torch.tensor([person.client_id for person in seen]),
+        "means": torch.stack(means),
+        "log_scales": torch.stack(log_scales),
+        "prototypes": selector.prototypes.clone().contiguous(),
+    }
+    write_atomically(out / "posteriors.safetensors", save(tensors))
+    return tensors["means"]
 
 
 def default_cache() -> Path:
@@ -349,58 +418,13 @@ def default_cache() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "motet"
 
 
-@dataclass(frozen=True)
-class _Embedded:
-    """Embeddings of all texts of a run, and where each stands."""
-
-    row_of: Mapping[str, int]
-    embedding: Tensor
-    log_likelihood: Tensor
-    choice: Mapping[tuple[str, str], float] | None
-
-    def rows(self, pair: Pair) -> tuple[int, int]:
-        return self.row_of[text_key(pair.prompt, pair.chosen)], self.row_of[text_key(pair.prompt, pair.rejected)]
-
-    def scalars(self, pairs: Sequence[Pair]) -> Tensor:
-        """Chosen minus rejected: mean log-likelihood, and the choice log-odds where they were computed."""
-        rows = torch.tensor([self.rows(pair) for pair in pairs], dtype=torch.long).reshape(-1, 2)
-        columns = [self.log_likelihood[rows[:, 0]] - self.log_likelihood[rows[:, 1]]]
-        if self.choice is not None:
-            odds = []
-            for pair in pairs:
-                a, b = text_key(pair.prompt, pair.chosen), text_key(pair.prompt, pair.rejected)
-                odds.append(self.choice[a, b] if a <= b else -self.choice[b, a])
-            columns.append(torch.tensor(odds))
-        return torch.stack(columns, dim=1)
-
-
-def _embed(
-    backbone: Backbone, holdings: Sequence[Sequence[Pair]], choice: bool, cache: Path, watcher: Watcher
-) -> _Embedded:
-    items: dict[str, Item] = {}
-    duels: dict[tuple[str, str], tuple[Any, str, str]] = {}
-    for pairs in {id(pairs): pairs for pairs in holdings}.values():
-        for pair in pairs:
-            a, b = text_key(pair.prompt, pair.chosen), text_key(pair.prompt, pair.rejected)
-            items[a], items[b] = (pair.prompt, pair.chosen), (pair.prompt, pair.rejected)
-            # one order stands for both: the mirrored pair has the negative log-odds
-            first, second = (pair.chosen, pair.rejected) if a <= b else (pair.rejected, pair.chosen)
-            duels[min(a, b), max(a, b)] = (pair.prompt, first, second)
-    said = embeddings(backbone, list(items.values()), cache, watcher.features)
-    odds = None
-    if choice:
-        found = choice_log_odds(backbone, list(duels.values()), cache, watcher.features)
-        odds = dict(zip(duels, found.tolist(), strict=True))
-    return _Embedded({key: row for row, key in enumerate(items)}, said.embedding, said.log_likelihood, odds)
-
-
 def _completed(asked: Settings, deal: Deal) -> Settings:
-    """Settings that only the deal can fill: one prototype an axis, where nothing else was asked for."""
-    update = {} if "prototypes" in asked.algorithm.model_fields_set else {"prototypes": max(2, len(deal.axes))}
-    algorithm = settings(FedVPASettings, {**asked.algorithm.model_dump(), **update}, "[algorithm]")
-    data = asked.data.model_copy(update={"unseen_clients": len(deal.unseen)})
-    parts = {name: getattr(asked, name) for name in TABLES}
-    return Settings(**{**parts, "algorithm": algorithm, "data": data}, seed=asked.seed, method=asked.method)
+    """Settings that only the deal can fill: one group an axis, where nothing else was asked for."""
+    name, algorithm = ALGORITHMS[asked.method].groups, asked.algorithm
+    if name is not None and name not in algorithm.model_fields_set:
+        filled = {**algorithm.model_dump(), name: max(2, len(deal.axes))}
+        algorithm = settings(type(algorithm), filled, "[algorithm]")
+    return replace(asked, algorithm=algorithm, data=asked.data.model_copy(update={"unseen_clients": len(deal.unseen)}))
 
 
 def _identity(asked: Settings, prepared: Prepared) -> str:
@@ -420,11 +444,13 @@ def _identity(asked: Settings, prepared: Prepared) -> str:
     return digest.hexdigest()
 
 
-def _quick_look(selector: Selector, prepared: Prepared, asked: Settings) -> dict[str, float]:
+def _quick_look(predictor: Predictor, prepared: Prepared, asked: Settings) -> dict[str, float]:
     """Accuracy by axis of the people in training, one context each: a point of the curve."""
     people = [person for person in prepared.people if person.seen]
     size = max(asked.evaluation.contexts)
-    right = mean_correct(judge(selector, people, (size,), 1, asked.seed)[size, asked.evaluation.inference])
+    wanted = asked.evaluation.inference
+    inference = wanted if wanted in predictor.inferences else predictor.inferences[0]
+    right = mean_correct(judge(predictor, people, (size,), 1, asked.seed)[size, inference])
     totals: dict[str, list[float]] = defaultdict(list)
     for person in people:
         for axis, score in zip(person.test.axes, right[person.client_id].tolist(), strict=True):

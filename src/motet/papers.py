@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
+from motet.algorithms import ALGORITHMS
 from motet.data.recipes import RECIPES
 from motet.experiment import resolve
 
-METHODS = {
-    "fedvpa": (
-        "Koo, Kim, Jang, Ok 2026, FedVPA-GP: federated variational preference alignment, ICML, arXiv 2605.30873"
-    ),
-}
 PARTS = {
     "variational preference learning (the posterior over taste)": (
         "Poddar, Wan, Ivison, Gupta, Jaques 2024, Personalizing reinforcement learning from human feedback with "
@@ -34,12 +30,12 @@ def citations(config: Path | None = None) -> list[dict[str, str]]:
         ConfigError: The file is missing or is not a run's settings.
     """
     if config is None:
-        methods, recipes, backbones = list(METHODS), list(RECIPES), list(BACKBONES)
+        methods, recipes, backbones = list(ALGORITHMS), list(RECIPES), list(BACKBONES)
     else:
         asked = resolve(config=config)
         methods, recipes, backbones = [asked.method], [asked.data.recipe], [asked.backbone.model]
     found = [{"for": "this library", "citation": SELF}]
-    found += [{"for": f"method {name}", "citation": METHODS[name]} for name in methods]
+    found += [{"for": f"method {name}", "citation": ALGORITHMS[name].citation} for name in methods]
     found += [{"for": part, "citation": text} for part, text in PARTS.items()]
     found += [{"for": f"data {name}", "citation": RECIPES[name].citation} for name in recipes]
     found += [{"for": f"language model {name}", "citation": BACKBONES[name]} for name in backbones if name in BACKBONES]

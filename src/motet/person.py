@@ -101,7 +101,7 @@ def predict(folder: Path, context: Path, pairs: Path, cache: Path | None = None)
     shared = {p.group for p in known} & {p.group for p in asked}
     mean, log_scale = chooser.taste(known)
     names = _unique(chooser.selector.axes_names)
-    tastes = chooser.selector.prototype_tastes()
+    tastes = chooser.selector.prototypes
     share = torch.zeros(len(names)).index_add_(
         0, torch.cdist(chooser.selector.prior.means, tastes).argmin(dim=1), chooser.responsibilities(known)
     )

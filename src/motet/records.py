@@ -72,6 +72,8 @@ class ClientData:
     scalars: Float[Tensor, "pairs scalars"]
     """What the frozen model itself says, chosen minus rejected: mean log-likelihood in nats per token, and the
     choice log-odds where they were computed."""
+    pairs: tuple[Pair, ...] = ()
+    """The texts behind the rows, in their order; only algorithms that train a language model look at them."""
 
     def __len__(self) -> int:
         return int(self.chosen.shape[0])

@@ -13,6 +13,7 @@ evidence are taken under the parameters that everybody received, so that they ca
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,32 +22,36 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from motet.errors import MessageError
+from motet.evaluation.predictors import SelectorPredictor
 from motet.federated.client import padded, train_together
-from motet.federated.contract import Combine, weighted_mean
+from motet.federated.contract import Combine, Ground, weighted_mean
+from motet.federated.sets import draw_steps, inside, stacked, step_draws, step_rows, window
 from motet.latent.layers import Parameters
 from motet.latent.posterior import posterior_statistics
-from motet.latent.prior import Merged, gumbel_noise, merge, without
+from motet.latent.prior import Merged, log_shares, merge, without
 from motet.latent.prototypes import assign, cluster, match, orthonormal
 from motet.records import Broadcast, ClientData, Memory, Reply, generator
 from motet.selector.selector import (
     Draws,
+    PopulationSettings,
     PriorTensors,
     Rows,
-    SelectorSettings,
     answers,
     client_loss,
     infer,
     margin,
+    shape_of,
     start_parameters,
 )
+from motet.selector.trained import About, Selector, save_selector
+from motet.selector.whitening import Whitening
 
 STATISTIC_CONTEXTS = 8
 """Contexts over which a client's posterior is averaged before it is sent; 8 bring the sampling error under 1/3."""
 FIGURES = ("choice_loss", "kl", "orthogonal_loss")
 
 
-class FedVPASettings(SelectorSettings):
+class FedVPASettings(PopulationSettings):
     """FedVPA-GP: the selector's settings, and those of its federation."""
 
     local_steps: int = Field(10, ge=1)
@@ -63,6 +68,8 @@ class FedVPASettings(SelectorSettings):
     """1: groups of equal size, 0: sizes are free (paper claims 1)."""
     warmup_rounds: int = Field(3, ge=0)
     """Rounds without the orthogonal pull, until there is something to assign by (paper: 0)."""
+    prior: Literal["mixture", "standard"] = "mixture"
+    """What posteriors are drawn to: the population's mixture (paper), or N(0, I), for ablations."""
     prior_components: int = Field(64, ge=1)
     """Most components of the mixture; more known clients than that are merged."""
     temperature: float = Field(1.0, gt=0)
@@ -83,6 +90,15 @@ PAPER = {
 
 The published weight of the orthogonal loss is 1, but the authors' code averages the pull over the 32 dimensions:
 that is 1/32 here. With 1 on the sum every taste is pinned to its prototype (``LOG.md``)."""
+
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "without mixture prior": {"prior": "standard"},
+    "without orthogonal loss": {"orthogonal_weight": 0.0},
+    "assigned by posteriors": {"assignment": "posterior"},
+    "without Bayes": {"inference": "amortised"},
+}
+"""Settings that switch off one part each; ``motet sweep --ablation`` compares them."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +125,13 @@ class FedVPA:
 
     name = "fedvpa"
 
-    def __init__(
-        self, settings: FedVPASettings, hidden: int, scalars: int, seed: int, combine: Combine = weighted_mean
-    ) -> None:
-        self.settings, self.hidden, self.scalars, self.seed, self.combine = settings, hidden, scalars, seed, combine
+    def __init__(self, settings: FedVPASettings, ground: Ground, combine: Combine = weighted_mean) -> None:
+        self.settings, self.ground, self.seed, self.combine = settings, ground, ground.seed, combine
 
     def start(self, clients: int) -> FedVPAState:
         """Fresh parameters; nobody is known yet, so the first prior is N(0, I)."""
         s = self.settings
-        parameters = start_parameters(s, self.hidden, self.scalars, generator(self.seed, "start"))
+        parameters = start_parameters(s, self.ground.hidden, self.ground.scalars, generator(self.seed, "start"))
         nobody = torch.zeros(0, s.latent)
         nothing = Merged(nobody, nobody, torch.zeros(0), torch.zeros(0, dtype=torch.long))
         ids = torch.zeros(0, dtype=torch.long)
@@ -128,9 +142,10 @@ class FedVPA:
     def broadcast(self, state: FedVPAState, round: int, client_id: int) -> Broadcast:
         """Parameters, the prior without the client itself, and its prototype (one-hot; zeros if it has none yet)."""
         row = _row(state.ids, client_id)
-        if row is None:
-            counts = state.prior.counts
-            prior = (state.prior.means, state.prior.log_scales, (counts / counts.sum().clamp(min=1)).log())
+        if self.settings.prior == "standard":
+            prior = (state.prior.means[:0], state.prior.log_scales[:0], state.prior.counts[:0])
+        elif row is None:
+            prior = (state.prior.means, state.prior.log_scales, log_shares(state.prior.counts))
         else:
             prior = without(state.prior, row, state.means[row], state.log_scales[row])
         assigned = torch.zeros(self.settings.prototypes)
@@ -139,6 +154,7 @@ class FedVPA:
         merged = state.prior.counts.shape[0] < state.ids.shape[0]
         # names of the components, so that a client's learnt logits find theirs again: client ids, or -1 - slot
         names = -1 - torch.arange(state.prior.counts.shape[0]) if merged else state.ids
+        names = names[: prior[0].shape[0]]
         tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
         tensors |= {"prior.means": prior[0], "prior.log_scales": prior[1], "prior.log_mass": prior[2]}
         return Broadcast(round, tensors | {"prior.names": names, "assigned": assigned})
@@ -148,13 +164,13 @@ class FedVPA:
     ) -> tuple[list[Reply], list[Memory]]:
         """Train on each client's pairs; send back parameters, the posterior's statistic and the evidence."""
         s, device = self.settings, clients[0].chosen.device
-        sent = _stacked([b.tensors for b in broadcasts], device)
-        received = _inside(sent, "parameters.")
+        sent = stacked([b.tensors for b in broadcasts], device)
+        received = inside(sent, "parameters.")
         round, names = broadcasts[0].round, broadcasts[0].tensors["prior.names"]
         prior = PriorTensors(sent["prior.means"], sent["prior.log_scales"], sent["prior.log_mass"])
         assigned = sent["assigned"]
         logits = torch.stack([_recall(memory, names) for memory in memories]).to(device)
-        data, index, draws = padded(clients), *self._draw(clients, round, components=logits.shape[1])
+        data, index, draws = padded(clients), *draw_steps(s, clients, round, self.seed, s.local_steps, logits.shape[1])
 
         def one_client(
             parameters: Parameters, own: Parameters, rows: Rows, step: Draws, prior: PriorTensors, assigned: Tensor
@@ -163,7 +179,7 @@ class FedVPA:
             return client_loss(parameters, own["logits"], rows, step, prior, assigned, s, s.temperature, weight)
 
         def inputs(step: int) -> tuple[Any, ...]:
-            return _rows(data, index[:, step], s.context_pairs), _at(draws, step, device), prior, assigned
+            return step_rows(data, index[:, step], s.context_pairs), step_draws(draws, step, device), prior, assigned
 
         trained, own, figures = train_together(
             one_client, received, {"logits": logits}, inputs, s.local_steps, s.learning_rate, s.weight_decay
@@ -185,7 +201,7 @@ class FedVPA:
         s = self.settings
         replies = sorted(replies, key=lambda reply: reply.client_id)
         weights = [reply.weight if s.aggregation == "pairs" else 1.0 for reply in replies]
-        parameters = self.combine([_inside(reply.tensors, "parameters.") for reply in replies], weights)
+        parameters = self.combine([inside(reply.tensors, "parameters.") for reply in replies], weights)
         parameters["prototypes"] = orthonormal(parameters["prototypes"])
         heard = torch.tensor([reply.client_id for reply in replies])
         ids, rows, places = _join(state.ids, heard)
@@ -204,6 +220,29 @@ class FedVPA:
         return FedVPAState(
             state.round + 1, parameters, ids, means, log_scales, evidence, groups, centres, prior, figures
         )
+
+    def visits(self, state: FedVPAState, sites: Sequence[int], cohort: Sequence[int]) -> Sequence[Sequence[int]]:
+        """One visit to the cohort."""
+        return (cohort,)
+
+    def selector(self, state: FedVPAState, whitening: Whitening, names: tuple[str, ...] = ()) -> Selector:
+        """The state as something that can be asked, and kept."""
+        prior = PriorTensors(state.prior.means, state.prior.log_scales, log_shares(state.prior.counts))
+        tastes = self.settings.prototype_scale * state.parameters["prototypes"]
+        return Selector(shape_of(self.settings), state.parameters, prior, whitening, tastes, names)
+
+    def predictor(self, state: FedVPAState) -> SelectorPredictor:
+        """What evaluation asks; it gives embeddings that are whitened already."""
+        return SelectorPredictor(self.selector(state, Whitening.none(self.ground.hidden, self.ground.scalars)))
+
+    def export(self, state: FedVPAState, folder: Path, about: About) -> None:
+        """``selector.safetensors`` and ``config.json``."""
+        selector = self.selector(state, about.whitening, about.names)
+        save_selector(selector, folder, about.backbone, about.fingerprint, **about.notes)
+
+    def parameters_added(self, state: FedVPAState) -> int:
+        """Numbers that are trained, beside the frozen language model."""
+        return sum(tensor.numel() for tensor in state.parameters.values())
 
     def figures(self, state: FedVPAState) -> dict[str, float]:
         """Means over the last cohort: choice loss and KL in nats, the unweighted orthogonal loss."""
@@ -225,38 +264,8 @@ class FedVPA:
         kept = {name: tensors[f"state.{name}"] for name in _KEPT}
         prior = Merged(**{name: tensors[f"merged.{name}"] for name in Merged.__dataclass_fields__})
         return FedVPAState(
-            round=int(tensors["state.round"]), parameters=_inside(tensors, "parameters."), prior=prior, **kept
+            round=int(tensors["state.round"]), parameters=inside(tensors, "parameters."), prior=prior, **kept
         )
-
-    def _draw(self, clients: Sequence[ClientData], round: int, components: int) -> tuple[Tensor, Draws]:
-        """Indices and noise of all local steps, from generators that only client and round decide."""
-        s, indices, drawn = self.settings, [], []
-        widths = [(w, "both") for w in s.extractor] + [(w, "trunk") for w in s.trunk[:-1]]
-        for client in clients:
-            g = generator(self.seed, "client", client.client_id, "round", round)
-            pairs, steps = len(client), s.local_steps
-            order = torch.rand(steps, pairs, generator=g).argsort(dim=1)
-            most = 0 if s.same_pair else min(s.context_pairs, pairs - 1)
-            size = (torch.rand(steps, generator=g) * most).floor().long() + (1 if most else 0)
-            context, context_mask = _window(order, torch.zeros_like(size), size, s.context_pairs)
-            target, target_mask = _window(order, size, (pairs - size).clamp(max=s.target_pairs), s.target_pairs)
-            indices.append(torch.cat([context, target], dim=1))
-            rows = {"both": 2 * (s.context_pairs + s.target_pairs)}
-            rows["trunk"] = s.target_pairs if s.same_pair else s.context_pairs
-            drawn.append(
-                Draws(
-                    context_mask,
-                    target_mask,
-                    torch.randn(steps, s.samples, s.latent, generator=g),
-                    gumbel_noise(torch.rand(steps, components, generator=g)),
-                    torch.randint(0, 2, (steps, s.target_pairs), generator=g).float() * 2 - 1,
-                    tuple(
-                        (torch.rand(steps, rows[kind], width, generator=g) >= s.dropout).float() / (1 - s.dropout)
-                        for width, kind in (widths if s.dropout else [])
-                    ),
-                )
-            )
-        return torch.stack(indices), _stack_draws(drawn)
 
     def _statistics(
         self, parameters: Parameters, data: tuple[Tensor, ...], clients: Sequence[ClientData], round: int
@@ -267,7 +276,7 @@ class FedVPA:
             g = generator(self.seed, "client", client.client_id, "round", round, "statistic")
             order = torch.rand(STATISTIC_CONTEXTS, len(client), generator=g).argsort(dim=1)
             start = torch.zeros(STATISTIC_CONTEXTS, dtype=torch.long)
-            contexts.append(_window(order, start, start + min(len(client), s.context_pairs), s.context_pairs))
+            contexts.append(window(order, start, start + min(len(client), s.context_pairs), s.context_pairs))
         index, mask = (torch.stack(parts) for parts in zip(*contexts, strict=True))
 
         def one_client(parameters: Parameters, chosen: Tensor, rejected: Tensor, index: Tensor, mask: Tensor) -> Any:
@@ -321,16 +330,6 @@ def _join(known: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.searchsorted(ids, known), torch.searchsorted(ids, heard)
 
 
-def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _stacked(many: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    if any(tensors.keys() != many[0].keys() for tensors in many):
-        raise MessageError("broadcasts of one round hold different tensors; do all come from the same server?")
-    return {name: torch.stack([tensors[name] for tensors in many]).to(device) for name in many[0]}
-
-
 def _recall(memory: Memory, names: Tensor) -> Tensor:
     """A client's logits for the components of this round, the broad one last; 0 for one it has never met."""
     logits = torch.zeros(names.shape[0] + 1)
@@ -341,33 +340,3 @@ def _recall(memory: Memory, names: Tensor) -> Tensor:
             if name in known:
                 logits[place] = memory["logits"][known[name]]
     return logits
-
-
-def _window(order: Tensor, start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """``width`` indices a step from ``order``, beginning at ``start``; the mask shows the first ``size`` of them."""
-    offsets = torch.arange(width).expand(order.shape[0], width)
-    mask = (offsets < size.unsqueeze(1)).float()
-    places = (start.unsqueeze(1) + offsets).clamp(max=order.shape[1] - 1)
-    return order.gather(1, places) * mask.long(), mask
-
-
-def _rows(data: tuple[Tensor, ...], index: Tensor, context: int) -> Rows:
-    """Gather the pairs of one step; ``index`` is clients x (context + target)."""
-    chosen, rejected, scalars = (
-        torch.take_along_dim(rows, index.unsqueeze(-1).to(rows.device), dim=1) for rows in data[:3]
-    )
-    return Rows(
-        chosen[:, :context], rejected[:, :context], chosen[:, context:], rejected[:, context:], scalars[:, context:]
-    )
-
-
-def _stack_draws(drawn: Sequence[Draws]) -> Draws:
-    plain = [torch.stack(parts) for parts in list(zip(*drawn, strict=True))[:-1]]
-    keep = tuple(torch.stack(masks) for masks in zip(*(d.keep for d in drawn), strict=True))
-    return Draws(plain[0], plain[1], plain[2], plain[3], plain[4], keep)
-
-
-def _at(draws: Draws, step: int, device: torch.device) -> Draws:
-    plain = [part[:, step].to(device) for part in draws[:-1]]
-    keep = tuple(mask[:, step].to(device) for mask in draws.keep)
-    return Draws(plain[0], plain[1], plain[2], plain[3], plain[4], keep)

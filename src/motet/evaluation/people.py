@@ -9,7 +9,7 @@ contexts are drawn from a person's own training pairs only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,30 @@ from pydantic import Field
 from torch import Tensor
 
 from motet.config import Section
-from motet.records import ClientData, generator
-from motet.selector.trained import Selector
+from motet.records import ClientData, Pair, generator
 
-Inference = Literal["amortised", "bayes"]
+Inference = Literal["amortised", "bayes", "fitted", "told", "none"]
+"""How a person's context is used: the encoder's guess; responsibilities of the population's components; a reward of its
+own, fitted to it; not at all because the true group is told; not at all."""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What a trained method makes of a person and a few of its choices."""
+
+    inferences: tuple[Inference, ...]
+    """What it offers, the headline first."""
+
+    def probabilities(
+        self, person: "Judged", contexts: Sequence[Tensor]
+    ) -> Mapping[Inference, Float[Tensor, "contexts pairs"]]:
+        """Probability that each really chosen answer of the person's test is chosen.
+
+        Args:
+            person: Its ``context`` is what may be looked at, its ``test`` what is judged.
+            contexts: Rows of ``person.context`` that are known, one entry a drawn context; may be empty.
+        """
+        ...
 
 
 class EvaluationSettings(Section):
@@ -43,6 +63,8 @@ class HeldOut:
     scalars: Float[Tensor, "pairs scalars"]
     axes: tuple[str, ...]
     groups: tuple[str, ...]
+    pairs: tuple[Pair, ...] = ()
+    """The texts behind the rows, in their order."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +92,12 @@ def context_indices(person: Judged, size: int, draws: int, seed: int) -> list[Te
 
 
 def judge(
-    selector: Selector, people: Sequence[Judged], contexts: Sequence[int], draws: int, seed: int
+    predictor: Predictor, people: Sequence[Judged], contexts: Sequence[int], draws: int, seed: int
 ) -> dict[tuple[int, Inference], dict[int, Float[Tensor, "draws pairs"]]]:
     """Probability that each person's really chosen answer is chosen, on its test pairs.
 
     Args:
-        selector: What was trained.
+        predictor: What was trained.
         people: Whom to judge.
         contexts: Numbers of context pairs.
         draws: Random contexts of each size.
@@ -85,36 +107,17 @@ def judge(
         For each (context size, inference) and client id: probabilities, one row a drawn context.
     """
     result: dict[tuple[int, Inference], dict[int, Tensor]] = {
-        (size, inference): {} for size in contexts for inference in ("amortised", "bayes")
+        (size, inference): {} for size in contexts for inference in predictor.inferences
     }
-    under_components: dict[int, Tensor] = {}
     for person in people:
-        test = person.test
-        if id(test) not in under_components:
-            margins = selector.margins(selector.prior.means, test.chosen, test.rejected, test.scalars)
-            under_components[id(test)] = torch.sigmoid(margins)
-        per_component = under_components[id(test)]
-        context = person.context
-        likelihood = selector.log_likelihoods(context.chosen, context.rejected, context.scalars)
-        for size in contexts:
-            picked = context_indices(person, size, draws, seed)
-            tastes = torch.stack([selector.infer(context.chosen[i], context.rejected[i])[0] for i in picked])
-            amortised = torch.sigmoid(selector.margins(tastes, test.chosen, test.rejected, test.scalars))
-            weights = torch.stack([selector.responsibilities(likelihood[:, i].sum(dim=1)) for i in picked])
-            result[size, "amortised"][person.client_id] = amortised
-            result[size, "bayes"][person.client_id] = weights @ per_component
+        drawn = [context_indices(person, size, draws, seed) for size in contexts]
+        found = predictor.probabilities(person, [rows for of_size in drawn for rows in of_size])
+        for inference, probabilities in found.items():
+            for size, part in zip(
+                contexts, torch.split(probabilities, [len(of_size) for of_size in drawn]), strict=True
+            ):
+                result[size, inference][person.client_id] = part
     return result
-
-
-def same_pair_probabilities(selector: Selector, test: HeldOut) -> Float[Tensor, " pairs"]:
-    """Probability of the chosen answer when the taste is inferred from the very pair that is labelled.
-
-    This is the published evaluation. It leaks the label; it is computed for preset ``paper`` only, to show the leak.
-    """
-    tastes = torch.stack(
-        [selector.infer(test.chosen[i : i + 1], test.rejected[i : i + 1])[0] for i in range(len(test.axes))]
-    )
-    return torch.sigmoid(selector.margins_one_taste_each(tastes, test.chosen, test.rejected, test.scalars))
 
 
 def mean_correct(probabilities: Mapping[int, Float[Tensor, "draws pairs"]]) -> dict[int, Float[Tensor, " pairs"]]:

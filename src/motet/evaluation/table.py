@@ -19,9 +19,9 @@ from torch import Tensor
 from motet.errors import DataError
 from motet.evaluation.controls import linear_reward
 from motet.evaluation.metrics import Estimate, accuracy, calibration, correct, gap_closed, tally
-from motet.evaluation.people import EvaluationSettings, Judged, judge, mean_correct, same_pair_probabilities
-from motet.records import Pair
-from motet.selector.trained import Selector
+from motet.evaluation.people import EvaluationSettings, HeldOut, Judged, Predictor, judge, mean_correct
+from motet.evaluation.predictors import SelectorPredictor, columns, same_pair_probabilities
+from motet.records import ClientData, Pair
 
 SHARED, ORACLE = "shared reward, no taste", "oracle, true groups pooled"
 WORDS, CHARACTERS = "length only (words)", "length only (characters)"
@@ -31,31 +31,33 @@ Judgement = tuple[dict[str, Estimate], Estimate]
 
 
 def evaluate(
-    selector: Selector,
+    predictor: Predictor,
+    title: str,
     everybody: Sequence[Judged],
     settings: EvaluationSettings,
     seed: int,
     assigned: Mapping[int, int],
-    train: Mapping[int, Sequence[Pair]],
-    test: Mapping[int, Sequence[Pair]],
+    controls: Mapping[str, Judgement],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that is judged: the content of ``evaluation.json``, and the figures of the summary.
 
     Args:
-        selector: What was trained.
+        predictor: What was trained.
+        title: What its rows are called.
         everybody: Seen and unseen people.
         settings: Sizes of contexts, which inference makes the headline.
         seed: Names contexts and resamples.
         assigned: Prototype of each known client.
-        train: Pairs of each client, in the order of the rows of its ``context``; the controls learn from them.
-        test: Held-out pairs of each client, in the order of the rows of its ``test``.
+        controls: From :func:`judge_controls`, of the same people and seed.
 
     Raises:
         DataError: Nobody seen has a held-out pair.
     """
-    axes, chosen = tuple(sorted({axis for person in everybody for axis in person.test.axes})), settings.inference
+    axes = tuple(sorted({axis for person in everybody for axis in person.test.axes}))
+    offered = predictor.inferences  # a method without the one that is asked for has its own headline
+    chosen = settings.inference if settings.inference in offered else offered[0]
     people = {"seen": [p for p in everybody if p.seen], "unseen": [p for p in everybody if not p.seen]}
-    found = judge(selector, everybody, settings.contexts, settings.context_draws, seed)
+    found = judge(predictor, everybody, settings.contexts, settings.context_draws, seed)
     largest = max(settings.contexts)
 
     def estimate(scores: Mapping[int, Tensor], who: Sequence[Judged]) -> Judgement | None:
@@ -71,8 +73,9 @@ def evaluate(
                 row = {"context": size, "people": kind, "inference": inference}
                 by_context.append(row | {"accuracy": result[1].mean, "low": result[1].low, "high": result[1].high})
         if size == largest and both["seen"] is not None:
-            table.append(_row_of(f"FedVPA-GP, {inference}", "method", both["seen"], both["unseen"]))
-    controls = _controls(people["seen"], axes, seed, train, test)
+            table.append(
+                _row_of(f"{title}, {inference}" if len(offered) > 1 else title, "method", both["seen"], both["unseen"])
+            )
     table += [_row_of(name, "control", result, None) for name, result in controls.items()]
 
     headline = found[largest, chosen]
@@ -82,16 +85,7 @@ def evaluate(
         raise DataError("nobody has held-out pairs to be judged on; raise test_share")
     flat = np.concatenate([headline[p.client_id].flatten().double().numpy() for p in people["seen"]])
     ece, bins = calibration(flat)
-    warnings, leak = [], None
-    if selector.settings.same_pair:
-        tests = {id(p.test): p.test for p in everybody}.values()
-        leak = float(torch.cat([correct(same_pair_probabilities(selector, t) - 0.5) for t in tests]).mean())
-        warnings.append(
-            f"The taste is inferred from the very pair that is then labelled, as published, so the label can leak. "
-            f"Judged that way accuracy is {leak:.1%}; all other figures are on contexts that exclude the pair."
-        )
-    if selector.settings.head == "additive" and not selector.settings.embedding_conditioning:
-        warnings.append("The additive head cannot see the answers, so no taste can change which of them it prefers.")
+    leak, warnings = _notes(predictor, everybody)
     listed = [
         {
             "client_id": p.client_id,
@@ -137,7 +131,7 @@ def evaluate(
         "same_pair_accuracy": leak,
     }
     for kind, name in (("seen", "accuracy_by_context"), ("unseen", "accuracy_unseen_by_context")):
-        for inference, suffix in ((chosen, ""), ("bayes", "_bayes"), ("amortised", "_amortised")):
+        for inference, suffix in ((chosen, ""), *((i, f"_{i}") for i in ("bayes", "amortised") if i in offered)):
             figures[name + suffix] = {
                 str(row["context"]): row["accuracy"]
                 for row in by_context
@@ -146,22 +140,46 @@ def evaluate(
     return evaluation, figures
 
 
-def _controls(
-    people: Sequence[Judged],
-    axes: Sequence[str],
+def _notes(predictor: Predictor, everybody: Sequence[Judged]) -> tuple[float | None, list[str]]:
+    """Accuracy judged as published where that leaks, and what a reader must know of the method's form."""
+    if not isinstance(predictor, SelectorPredictor):
+        return None, []
+    selector, warnings, leak = predictor.selector, [], None
+    if selector.settings.same_pair:
+        tests = {id(p.test): p.test for p in everybody}.values()
+        leak = float(torch.cat([correct(same_pair_probabilities(selector, t) - 0.5) for t in tests]).mean())
+        warnings.append(
+            f"The taste is inferred from the very pair that is then labelled, as published, so the label can leak. "
+            f"Judged that way accuracy is {leak:.1%}; all other figures are on contexts that exclude the pair."
+        )
+    if selector.settings.head == "additive" and not selector.settings.embedding_conditioning:
+        warnings.append("The additive head cannot see the answers, so no taste can change which of them it prefers.")
+    return leak, warnings
+
+
+def judge_controls(
+    everybody: Sequence[Judged],
     seed: int,
     train: Mapping[int, Sequence[Pair]],
     test: Mapping[int, Sequence[Pair]],
 ) -> dict[str, Judgement]:
-    """Shared reward, lengths and oracle, on the same features, pairs and people.
+    """Shared reward, lengths and oracle, on the same features, pairs and seen people; the same for every method.
 
     Lengths are told the true groups, as the oracle is: they show the most that length can give away.
+
+    Args:
+        everybody: Seen and unseen people.
+        seed: Names resamples.
+        train: Pairs of each client, in the order of the rows of its ``context``; the controls learn from them.
+        test: Held-out pairs of each client, in the order of the rows of its ``test``.
     """
+    axes = sorted({axis for person in everybody for axis in person.test.axes})
+    people = [person for person in everybody if person.seen]
     pairs = [pair for person in people for pair in train[person.client_id]]
     owners = np.asarray([pair.axis or "all" for pair in pairs])
     groups = np.asarray([pair.group for pair in pairs])
     views = {
-        ORACLE: np.concatenate([_difference(p.context.chosen, p.context.rejected, p.context.scalars) for p in people]),
+        ORACLE: np.concatenate([_rows(p.context) for p in people]),
         WORDS: _lengths(pairs)[:, :1],
         CHARACTERS: _lengths(pairs)[:, 1:],
     }
@@ -176,7 +194,7 @@ def _controls(
         held = person.test
         if id(held) not in judged:
             lengths = _lengths(test[person.client_id])
-            x = {ORACLE: _difference(held.chosen, held.rejected, held.scalars)}
+            x = {ORACLE: _rows(held)}
             x |= {WORDS: lengths[:, :1], CHARACTERS: lengths[:, 1:]}
             margins = {SHARED: x[ORACLE] @ shared}
             for name, rows in x.items():
@@ -188,8 +206,8 @@ def _controls(
     return {name: accuracy(tally(axes, entries[name]), seed) for name in (SHARED, WORDS, CHARACTERS, ORACLE)}
 
 
-def _difference(chosen: Tensor, rejected: Tensor, scalars: Tensor) -> NDArray[np.float64]:
-    rows: NDArray[np.float64] = torch.cat([chosen - rejected, scalars], dim=1).double().cpu().numpy()
+def _rows(held: ClientData | HeldOut) -> NDArray[np.float64]:
+    rows: NDArray[np.float64] = columns(held).double().cpu().numpy()
     return rows
 
 

@@ -5,11 +5,15 @@
     client_update(broadcasts, clients, memories) -> replies, memories     clients: the only step that sees data
     server_update(state, replies) -> State                    server: the next state
 
+A round visits one cohort, unless the algorithm's ``visits`` says otherwise: FedBiscuit asks everybody for losses before
+it regroups, and the controls that pool data hear everybody. Each visit is one pass through the last three steps.
+
 ``client_update`` takes a batch of clients; a deployed site calls it with a batch of one, with the same result. State is
 frozen: a step returns the next one. ``pack`` and ``unpack`` turn a state into named tensors and back, bit for bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -22,6 +26,23 @@ State = TypeVar("State")
 
 Combine = Callable[[Sequence[Mapping[str, Tensor]], Sequence[float]], dict[str, Tensor]]
 """Makes one set of named tensors out of many, given a weight for each."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every algorithm is told before round 1: the same footing for all of them."""
+
+    hidden: int
+    """Width of a whitened embedding."""
+    scalars: int
+    """Number of scalars a pair."""
+    seed: int
+    axes: tuple[str, ...] = ()
+    """Names of the true groups. Given to the control ``oracle`` alone, with its pairs; empty for everybody else."""
+    base: str | None = None
+    """Folder, or hub name, of the language model. Given to algorithms that train one; ``None`` for everybody else."""
+    device: str = "cpu"
+    """Where a language model is trained; selectors train wherever their clients' data lie."""
 
 
 @runtime_checkable
@@ -39,6 +60,10 @@ class Algorithm(Protocol[State]):
     ) -> tuple[list[Reply], list[Memory]]: ...
 
     def server_update(self, state: State, replies: Sequence[Reply]) -> State: ...
+
+    def visits(self, state: State, sites: Sequence[int], cohort: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Whom the next round asks, one visit after another; ``(cohort,)`` for most."""
+        ...
 
     def figures(self, state: State) -> Mapping[str, float]: ...
 

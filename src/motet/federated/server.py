@@ -124,23 +124,21 @@ def run_rounds(
             for round in range(done + 1, settings.rounds + 1):
                 started = time.perf_counter()
                 cohort = _cohort(sites, settings.cohort, seed, round)
-                packets = {client: algorithm.broadcast(state, round, client) for client in cohort}
-                replies, failures = engine.ask("update", round, packets)
-                if not replies:
-                    reasons = "; ".join(f"client {c}: {why}" for c, why in failures.items())
-                    raise RunError(f"round {round}: 0 of {len(cohort)} clients answered; {reasons}")
-                if wild := [r.client_id for r in replies if not all(t.isfinite().all() for t in r.tensors.values())]:
-                    raise RunError(
-                        f"round {round}: numbers of clients {wild} are not finite, training ran away; "
-                        "lower learning_rate"
-                    )
-                after = algorithm.server_update(state, replies)
+                after, up, down = state, 0, 0
+                asked: list[int] = []
+                for visited in algorithm.visits(state, sites, cohort):
+                    packets = {client: algorithm.broadcast(after, round, client) for client in sorted(visited)}
+                    replies = _answers(engine, round, packets)
+                    after = algorithm.server_update(after, replies)
+                    up += sum(len(reply.serialised()) for reply in replies)
+                    down += sum(len(packet.serialised()) for packet in packets.values())
+                    asked += packets
                 log = RoundLog(
                     round,
-                    tuple(cohort),
+                    tuple(asked),
                     time.perf_counter() - started,
-                    sum(len(reply.serialised()) for reply in replies),
-                    sum(len(packet.serialised()) for packet in packets.values()),
+                    up,
+                    down,
                     algorithm.figures(after),
                     algorithm.assignment(after),
                 )
@@ -177,6 +175,19 @@ def check_checkpoint(folder: Path, algorithm: str, identity: str, rounds: int) -
             f"rounds must be {done} or more to go on with {str(folder)!r}, which has {done} behind it, got {rounds}; "
             "raise it, or choose another --out"
         )
+
+
+def _answers(engine: Engine, round: int, packets: Mapping[int, Broadcast]) -> list[Reply]:
+    """Replies of one visit, if there are any and they are numbers."""
+    replies, failures = engine.ask("update", round, packets)
+    if not replies:
+        reasons = "; ".join(f"client {c}: {why}" for c, why in failures.items())
+        raise RunError(f"round {round}: 0 of {len(packets)} clients answered; {reasons}")
+    if wild := [r.client_id for r in replies if not all(t.isfinite().all() for t in r.tensors.values())]:
+        raise RunError(
+            f"round {round}: numbers of clients {wild} are not finite, training ran away; lower learning_rate"
+        )
+    return replies
 
 
 def _cohort(sites: Sequence[int], size: int, seed: int, round: int) -> list[int]:

@@ -153,6 +153,11 @@ class Merged:
     """Component of each client."""
 
 
+def log_shares(counts: Float[Tensor, " components"]) -> Float[Tensor, " components"]:
+    """Logs of the shares of the population that stand behind each component."""
+    return (counts / counts.sum().clamp(min=1)).log()
+
+
 def merge(
     means: Float[Tensor, "clients latent"],
     log_scales: Float[Tensor, "clients latent"],

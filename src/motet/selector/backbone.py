@@ -284,20 +284,32 @@ def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
     if settings.model == "toy":
         return ToyBackbone()
     _quiet_libraries()
+    return _open_folder(settings, model_folder(settings, cache))
+
+
+def model_folder(settings: BackboneSettings, cache: Path) -> str:
+    """Folder, or hub name, from which transformers opens the model; a packaged one or a GGUF file is unpacked first.
+
+    Raises:
+        BackboneError: The model is not there, or it is ``toy``, which is no language model.
+    """
+    if settings.model == "toy":
+        raise BackboneError(
+            f"model must be a language model to be trained or unpacked, got 'toy'; use {', '.join(sorted(PACKAGED))}, "
+            "a folder or a hub name"
+        )
     path = Path(settings.model).expanduser()
     if settings.model in PACKAGED:
-        folder = _converted(_packaged_gguf(settings.model, cache), cache)
-    elif path.suffix == ".gguf":
+        return str(_converted(_packaged_gguf(settings.model, cache), cache))
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise BackboneError(f"there is no GGUF file {settings.model!r}; check the path given as model")
-        folder = str(_converted(path, cache))  # type: ignore[assignment]
-    elif path.is_dir():
-        folder = path
-    elif settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1:
+        return str(_converted(path, cache))
+    if path.is_dir():
+        return str(path)
+    if settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1:
         raise BackboneError(f"there is no folder {settings.model!r}; model wants a folder, a .gguf file or a hub name")
-    else:
-        folder = settings.model  # type: ignore[assignment]
-    return _open_folder(settings, str(folder))
+    return settings.model
 
 
 def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:

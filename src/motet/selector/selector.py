@@ -14,7 +14,7 @@ FedVPA-GP (arXiv 2605.30873), the preference selector. We differ in four ways:
 Everything is a pure function of named tensors, so one call serves a whole cohort (``torch.func.vmap``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from motet.config import Section
 from motet.latent.layers import Parameters, linear, mlp, start_linear, start_mlp
 from motet.latent.posterior import posterior, sample, start_posterior
-from motet.latent.prior import component_weights, kl_monte_carlo, kl_upper_bound
+from motet.latent.prior import component_weights, gaussian_kl, kl_monte_carlo, kl_upper_bound
 from motet.latent.prototypes import orthogonal_loss, start_prototypes
 
 Width = Annotated[int, Field(ge=1)]
@@ -61,10 +61,15 @@ class SelectorSettings(Section):
     """Most pairs on which the loss of one local step is taken."""
     samples: int = Field(4, ge=1)
     """Draws of z for the loss and for the Monte-Carlo KL; fewer than 4 make the KL very noisy."""
-    kl: Literal["monte-carlo", "upper-bound"] = "monte-carlo"
-    """How the KL to the mixture is computed."""
     kl_weight: float = Field(0.01, ge=0)
     """Weight of the KL in the loss (paper: 0.1)."""
+
+
+class PopulationSettings(SelectorSettings):
+    """The selector's settings, and what ties its tastes to those of a population: mixture prior and prototypes."""
+
+    kl: Literal["monte-carlo", "upper-bound"] = "monte-carlo"
+    """How the KL to the mixture is computed."""
     orthogonal_weight: float = Field(0.1, ge=0)
     """Weight of the orthogonal loss (paper: 0.03125, that is 1 on a mean over 32 dimensions)."""
     gamma: float = Field(0.1, ge=0)
@@ -78,6 +83,11 @@ class SelectorSettings(Section):
     """Distance of a prototype's taste from the origin (paper: 5)."""
     broad_weight: float = Field(0.05, ge=0, lt=1)
     """Least weight of the broad N(0, I) component of the prior (paper: none)."""
+
+
+def shape_of(settings: SelectorSettings) -> SelectorSettings:
+    """What must be known of a selector to use it, without what only its training needed."""
+    return SelectorSettings(**{name: getattr(settings, name) for name in SelectorSettings.model_fields})
 
 
 class Answers(NamedTuple):
@@ -140,7 +150,8 @@ def start_parameters(
         weight = torch.randn(hidden, latent, generator=generator) * 0.001  # the authors' N(0, 0.001^2)
         parameters |= {"selector.embedding.weight": weight, "selector.embedding.bias": torch.zeros(hidden)}
     parameters["selector.scalars"] = torch.zeros(scalars)
-    parameters["prototypes"] = start_prototypes(settings.prototypes, latent, generator)
+    if isinstance(settings, PopulationSettings):
+        parameters["prototypes"] = start_prototypes(settings.prototypes, latent, generator)
     return parameters
 
 
@@ -229,6 +240,63 @@ def infer(
     )
 
 
+class Guess(NamedTuple):
+    """What one local step makes of a client's contexts. There is one context, or one a target (``same_pair``)."""
+
+    mean: Float[Tensor, "contexts latent"]
+    log_scale: Float[Tensor, "contexts latent"]
+    taste: Float[Tensor, "contexts samples latent"]
+    """Draws from each posterior."""
+    weight: Float[Tensor, " contexts"]
+    """How much each context counts; they sum to 1."""
+    choice_loss: Callable[[Tensor], Tensor]
+    """Loss of the target pairs under ``samples x (1 or target) x latent`` tastes, in nats per pair."""
+
+
+def guess(parameters: Parameters, rows: Rows, draws: Draws, settings: SelectorSettings) -> Guess:
+    """Infer the taste from the context of one step, and hold the targets ready to be judged under any taste."""
+    layers = len(settings.extractor)
+    context, target = rows.context_chosen.shape[0], rows.target_chosen.shape[0]
+    stacked = torch.cat([rows.context_chosen, rows.context_rejected, rows.target_chosen, rows.target_rejected])
+    features = answers(parameters, settings, stacked, draws.keep[:layers]).features
+    seen_chosen, seen_rejected = features[:context], features[context : 2 * context]
+    chosen, rejected = features[2 * context : 2 * context + target], features[2 * context + target :]
+    trunk_keep = draws.keep[layers:]
+    first, second = Answers(rows.target_chosen, chosen), Answers(rows.target_rejected, rejected)
+
+    def choice_loss(taste: Tensor) -> Tensor:
+        log_odds = margin(parameters, settings, taste, first, second, rows.target_scalars, draws.slot)
+        per_pair = F.softplus(-log_odds).mean(dim=0) * draws.target_mask
+        return per_pair.sum() / draws.target_mask.sum().clamp(min=1)
+
+    if settings.same_pair:
+        difference = chosen - rejected
+        alone = torch.ones(1, dtype=difference.dtype, device=difference.device)
+        mean, log_scale = torch.func.vmap(
+            lambda row, *keep: infer(parameters, settings, row.unsqueeze(0), alone, [k.unsqueeze(0) for k in keep])
+        )(difference, *trunk_keep)
+        weight = draws.target_mask / draws.target_mask.sum().clamp(min=1)
+    else:
+        mean, log_scale = infer(parameters, settings, seen_chosen - seen_rejected, draws.context_mask, trunk_keep)
+        mean, log_scale, weight = mean.unsqueeze(0), log_scale.unsqueeze(0), torch.ones_like(mean[:1])
+    taste = sample(mean.unsqueeze(1), log_scale.unsqueeze(1), draws.noise)
+    return Guess(mean, log_scale, taste, weight, choice_loss)
+
+
+def vpl_loss(
+    parameters: Parameters, rows: Rows, draws: Draws, settings: SelectorSettings
+) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
+    """Loss of one client against the prior N(0, I), in nats per pair: FedVPL.
+
+    Returns:
+        The loss, and its parts for the log: choice loss, KL (closed form, E5).
+    """
+    found = guess(parameters, rows, draws, settings)
+    choice = found.choice_loss(found.taste.transpose(0, 1))
+    kl = (gaussian_kl(found.mean, found.log_scale) * found.weight).sum()
+    return choice + settings.kl_weight * kl, torch.stack([choice, kl])
+
+
 def client_loss(
     parameters: Parameters,
     prior_logits: Float[Tensor, " components"],
@@ -236,7 +304,7 @@ def client_loss(
     draws: Draws,
     prior: PriorTensors,
     assigned: Float[Tensor, " prototypes"],
-    settings: SelectorSettings,
+    settings: PopulationSettings,
     temperature: float,
     orthogonal_weight: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " figures"]]:
@@ -248,55 +316,23 @@ def client_loss(
     Returns:
         The loss, and its parts for the log: choice loss, KL, orthogonal loss (unweighted).
     """
-    layers = len(settings.extractor)
-    context, target = rows.context_chosen.shape[0], rows.target_chosen.shape[0]
-    stacked = torch.cat([rows.context_chosen, rows.context_rejected, rows.target_chosen, rows.target_rejected])
-    features = answers(parameters, settings, stacked, draws.keep[:layers]).features
-    seen_chosen, seen_rejected = features[:context], features[context : 2 * context]
-    chosen, rejected = features[2 * context : 2 * context + target], features[2 * context + target :]
-    trunk_keep = draws.keep[layers:]
+    found = guess(parameters, rows, draws, settings)
+    log_weights = component_weights(prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight)
+    parts = _with_broad(prior)
 
-    def pull(taste: Tensor) -> Tensor:
-        return orthogonal_loss(taste, parameters["prototypes"], assigned, settings.prototype_scale, settings.gamma)
+    def apart(taste: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        pull = orthogonal_loss(taste, parameters["prototypes"], assigned, settings.prototype_scale, settings.gamma)
+        return _kl(settings, taste, mean, log_scale, *parts, log_weights), pull
 
-    if settings.same_pair:
-        difference = chosen - rejected
-        alone = torch.ones(1, dtype=difference.dtype, device=difference.device)
-        mean, log_scale = torch.func.vmap(
-            lambda row, *keep: infer(parameters, settings, row.unsqueeze(0), alone, [k.unsqueeze(0) for k in keep])
-        )(difference, *trunk_keep)
-        taste = sample(mean, log_scale, draws.noise.unsqueeze(1))  # samples x target x latent
-        weight = draws.target_mask / draws.target_mask.sum().clamp(min=1)
-        log_weights = component_weights(prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight)
-        parts = _with_broad(prior)
-        kl = (
-            torch.func.vmap(lambda m, s, z: _kl(settings, z, m, s, *parts, log_weights))(
-                mean, log_scale, taste.transpose(0, 1)
-            )
-            * weight
-        ).sum()
-        ortho = (torch.func.vmap(pull)(taste.transpose(0, 1)) * weight).sum()
-    else:
-        mean, log_scale = infer(parameters, settings, seen_chosen - seen_rejected, draws.context_mask, trunk_keep)
-        taste = sample(mean, log_scale, draws.noise).unsqueeze(1)  # samples x 1 x latent
-        log_weights = component_weights(prior.log_mass, prior_logits, draws.gumbel, temperature, settings.broad_weight)
-        kl = _kl(settings, taste.squeeze(1), mean, log_scale, *_with_broad(prior), log_weights)
-        ortho = pull(taste.squeeze(1))
-
-    first, second = Answers(rows.target_chosen, chosen), Answers(rows.target_rejected, rejected)
-
-    def choice_loss(taste: Tensor) -> Tensor:
-        log_odds = margin(parameters, settings, taste, first, second, rows.target_scalars, draws.slot)
-        per_pair = F.softplus(-log_odds).mean(dim=0) * draws.target_mask
-        return per_pair.sum() / draws.target_mask.sum().clamp(min=1)
-
-    choice = choice_loss(taste)
+    choice = found.choice_loss(found.taste.transpose(0, 1))
+    kl, ortho = torch.func.vmap(apart)(found.taste, found.mean, found.log_scale)
+    kl, ortho = (kl * found.weight).sum(), (ortho * found.weight).sum()
     loss = choice + settings.kl_weight * kl + orthogonal_weight * ortho
     if settings.anchor_weight:
         # the maximisation step of EM: the selector itself learns what each prototype's taste prefers, so a prototype
         # means something before the encoder finds it, and evidence can tell prototypes apart
         anchor = (settings.prototype_scale * assigned @ parameters["prototypes"]).view(1, 1, -1)
-        loss = loss + settings.anchor_weight * choice_loss(anchor) * assigned.sum()
+        loss = loss + settings.anchor_weight * found.choice_loss(anchor) * assigned.sum()
     return loss, torch.stack([choice, kl, ortho])
 
 
@@ -318,7 +354,7 @@ def _with_broad(prior: PriorTensors) -> tuple[Tensor, Tensor]:
 
 
 def _kl(
-    settings: SelectorSettings,
+    settings: PopulationSettings,
     taste: Tensor,
     mean: Tensor,
     log_scale: Tensor,

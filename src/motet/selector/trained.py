@@ -34,7 +34,7 @@ from motet.selector.selector import (
 from motet.selector.whitening import Whitening
 
 TENSORS, CONFIG = "selector.safetensors", "config.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,11 @@ class Selector:
     settings: SelectorSettings
     parameters: Parameters
     prior: PriorTensors
-    """The population: merged posteriors of all known clients and the log of their shares."""
+    """The population: merged posteriors of all known clients and the log of their shares. No rows where the method
+    knows of no population (FedVPL); then there is no inference by Bayes either."""
     whitening: Whitening
+    prototypes: Float[Tensor, "prototypes latent"]
+    """The taste that each prototype stands for; no rows where the method has none."""
     axes_names: tuple[str, ...] = ()
     """What evaluation found each prototype to stand for; for people to read, never used in computing."""
 
@@ -110,9 +113,18 @@ class Selector:
         """How likely each component is for a person whose context has these log-likelihoods."""
         return bayes_responsibilities(self.prior.log_mass, log_likelihood)
 
-    def prototype_tastes(self) -> Float[Tensor, "prototypes latent"]:
-        """The taste that each prototype stands for."""
-        return self.settings.prototype_scale * self.parameters["prototypes"]
+
+@dataclass(frozen=True)
+class About:
+    """What must be known beside a trained state to use it later."""
+
+    backbone: BackboneSettings
+    fingerprint: str
+    whitening: Whitening
+    names: tuple[str, ...]
+    """For each prototype, what evaluation found it to stand for."""
+    notes: Mapping[str, Any]
+    """Kept in ``config.json`` as it is: recipe, method."""
 
 
 def save_selector(selector: Selector, folder: Path, backbone: BackboneSettings, fingerprint: str, **notes: Any) -> None:
@@ -120,6 +132,7 @@ def save_selector(selector: Selector, folder: Path, backbone: BackboneSettings, 
     tensors = {f"parameters.{name}": tensor for name, tensor in selector.parameters.items()}
     tensors |= {f"prior.{name}": tensor for name, tensor in selector.prior._asdict().items()}
     tensors |= {f"whitening.{name}": getattr(selector.whitening, name) for name in Whitening.__dataclass_fields__}
+    tensors["prototypes.tastes"] = selector.prototypes
     payload = save({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()})
     config = {
         "format": FORMAT,
@@ -160,6 +173,7 @@ def load_selector(folder: Path) -> tuple[Selector, BackboneSettings, str]:
             pick["parameters."],
             PriorTensors(**pick["prior."]),
             Whitening(**pick["whitening."]),
+            tensors["prototypes.tastes"],
             tuple(config["prototype_names"]),
         )
         return selector, backbone, str(config["fingerprint"])

@@ -37,6 +37,11 @@ class Whitening:
     scalar_scale: Float[Tensor, " scalars"]
     """Standard deviations by which the scalars are divided."""
 
+    @classmethod
+    def none(cls, hidden: int, scalars: int) -> "Whitening":
+        """The map that changes nothing."""
+        return cls(torch.zeros(hidden), torch.eye(hidden), torch.ones(scalars))
+
     def __call__(self, embedding: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows dimensions"]:
         return (embedding - self.mean) @ self.projection
 
@@ -64,7 +69,7 @@ def fit_whitening(
     scale = scalars.square().mean(dim=0).sqrt().clamp(min=1e-3) if scalars.shape[0] else torch.ones(scalars.shape[1])
     hidden = embedding.shape[1]
     if dimensions == 0:
-        return Whitening(torch.zeros(hidden), torch.eye(hidden), torch.ones(scalars.shape[1]))
+        return Whitening.none(hidden, scalars.shape[1])
     if embedding.shape[0] < 8:
         raise DataError(
             f"whitening needs at least 8 public answers, got {embedding.shape[0]}; raise public_share, "
