@@ -12,13 +12,13 @@ evidence are taken under the parameters that everybody received, so that they ca
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ from motet.evaluation.predictors import SelectorPredictor
 from motet.federated.client import padded, train_together
 from motet.federated.contract import Combine, Ground, weighted_mean
 from motet.federated.sets import draw_steps, inside, stacked, step_draws, step_rows, window
+from motet.latent.groups import RIDGE_START, choose_ridge, find_groups, fit_rewards, same_names
 from motet.latent.layers import Parameters
 from motet.latent.posterior import posterior_statistics
 from motet.latent.prior import Merged, log_shares, merge, without
@@ -48,6 +49,8 @@ from motet.selector.whitening import Whitening
 
 STATISTIC_CONTEXTS = 8
 """Contexts over which a client's posterior is averaged before it is sent; 8 bring the sampling error under 1/3."""
+SOLVED = ("selector.shared", "selector.personal", "selector.scalars", "prototypes")
+"""Parameters that the server solves or leaves alone where ``fit`` is ``sums``; local steps move all others."""
 FIGURES = ("choice_loss", "kl", "orthogonal_loss")
 
 
@@ -62,8 +65,14 @@ class FedVPASettings(PopulationSettings):
     """Of AdamW, decoupled."""
     aggregation: Literal["pairs", "plain"] = "pairs"
     """Average parameters by number of pairs, or count each client once (paper: plain)."""
-    assignment: Literal["evidence", "posterior"] = "evidence"
-    """How clients get their prototypes: by the loss of their pairs under each, or by clusters of posteriors (paper)."""
+    fit: Literal["sums", "steps"] = "sums"
+    """How the selector's own weights are found: solved by the server from sums of the clients' gradients, or by local
+    steps (paper). Left out: steps where the head is not bilinear, there is an extractor, or tastes leak (same_pair)."""
+    assignment: Literal["sums", "evidence", "posterior"] = "sums"
+    """How clients get their prototypes: softly, by EM over one sum a client; by the loss of their pairs under each; or
+    by clusters of posteriors (paper)."""
+    bayes_over: Literal["prototypes", "posteriors"] = "prototypes"
+    """What inference by Bayes weighs: the prototypes, all alike, or the population's posteriors by their mass."""
     balance: float = Field(1.0, ge=0, le=1)
     """1: groups of equal size, 0: sizes are free (paper claims 1)."""
     warmup_rounds: int = Field(3, ge=0)
@@ -77,6 +86,26 @@ class FedVPASettings(PopulationSettings):
     statistic: Literal["received", "trained"] = "received"
     """Parameters under which statistic and evidence are taken: those received, or those after training (paper)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_fits_the_head(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        linear = given.get("head", "bilinear") == "bilinear" and not any(
+            given.get(name) for name in ("extractor", "embedding_conditioning", "same_pair")
+        )
+        filled = {"fit": "sums" if linear else "steps", **given}
+        sums = filled["fit"] == "sums"
+        return {"encoder_sees": "rewards" if sums else "features", **filled}
+
+    @model_validator(mode="after")
+    def _sums_need_a_linear_reward(self) -> "FedVPASettings":
+        odd = [name for name in ("extractor", "embedding_conditioning", "same_pair") if getattr(self, name)]
+        if self.fit == "sums" and (self.head != "bilinear" or odd):
+            got = ", ".join([f"head {self.head!r}", *odd])
+            raise ValueError(f"fit 'sums' needs head 'bilinear' on bare features, got {got}; set fit to 'steps'")
+        return self
+
 
 PAPER = {
     "head": "additive", "embedding_conditioning": True, "extractor": (512, 256, 128), "trunk": (512, 256, 128),
@@ -84,7 +113,7 @@ PAPER = {
     "kl_weight": 0.1, "orthogonal_weight": 0.03125, "gamma": 0.1, "prototype_scale": 5.0, "broad_weight": 0.0,
     "local_steps": 30, "learning_rate": 1e-3, "weight_decay": 0.01, "aggregation": "plain", "assignment": "posterior",
     "balance": 1.0, "warmup_rounds": 0, "temperature": 1.0, "statistic": "trained", "latent": 32,
-    "anchor_weight": 0.0,
+    "anchor_weight": 0.0, "fit": "steps", "bayes_over": "posteriors", "encoder_sees": "features",
 }  # fmt: skip
 """Preset ``paper``: the published form and figures wherever ours differ.
 
@@ -95,7 +124,11 @@ that is 1/32 here. With 1 on the sum every taste is pinned to its prototype (``L
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "without mixture prior": {"prior": "standard"},
     "without orthogonal loss": {"orthogonal_weight": 0.0},
+    "assigned by evidence": {"assignment": "evidence"},
     "assigned by posteriors": {"assignment": "posterior"},
+    "fitted by local steps": {"fit": "steps"},
+    "encoder sees features": {"encoder_sees": "features"},
+    "Bayes over posteriors": {"bayes_over": "posteriors"},
     "without Bayes": {"inference": "amortised"},
 }
 """Settings that switch off one part each; ``motet sweep --ablation`` compares them."""
@@ -112,8 +145,20 @@ class FedVPAState:
     log_scales: Float[Tensor, "known latent"]
     evidence: Float[Tensor, "known prototypes"]
     """Loss of each client's pairs under each prototype, in nats."""
-    groups: Int[Tensor, " known"]
-    """Prototype of each client."""
+    responsibilities: Float[Tensor, "known prototypes"]
+    """How likely each client is of each prototype; rows of nought and one where the assignment is hard."""
+    pairs: Float[Tensor, " known"]
+    moments: Float[Tensor, "known hidden"]
+    """Sum of each client's pairs, chosen minus rejected."""
+    spread: Float[Tensor, "known 2"]
+    """Of each client's pairs: the sum of squares, and the largest eigenvalue of the sum of outer products."""
+    gradients: Float[Tensor, "known prototypes hidden"]
+    """Of each client's log-likelihood at each prototype's reward, as it was when the client was last visited."""
+    curvature: Float[Tensor, "known prototypes"]
+    """Sum over its pairs of the sigmoid's slope, there."""
+    ridge: Float[Tensor, ""]
+    searched: Int[Tensor, ""]
+    """Known clients when fresh groups were last looked for."""
     centres: Float[Tensor, "prototypes latent"]
     prior: Merged
     last: Float[Tensor, " figures"]
@@ -134,13 +179,17 @@ class FedVPA:
         parameters = start_parameters(s, self.ground.hidden, self.ground.scalars, generator(self.seed, "start"))
         nobody = torch.zeros(0, s.latent)
         nothing = Merged(nobody, nobody, torch.zeros(0), torch.zeros(0, dtype=torch.long))
-        ids = torch.zeros(0, dtype=torch.long)
-        centres = s.prototype_scale * parameters["prototypes"]
-        losses = torch.zeros(0, s.prototypes)
-        return FedVPAState(0, parameters, ids, nobody, nobody, losses, ids, centres, nothing, torch.zeros(len(FIGURES)))
+        m, hidden = s.prototypes, self.ground.hidden
+        return FedVPAState(
+            round=0, parameters=parameters, ids=torch.zeros(0, dtype=torch.long), means=nobody, log_scales=nobody,
+            evidence=torch.zeros(0, m), responsibilities=torch.zeros(0, m), pairs=torch.zeros(0),
+            moments=torch.zeros(0, hidden), spread=torch.zeros(0, 2), gradients=torch.zeros(0, m, hidden),
+            curvature=torch.zeros(0, m), ridge=torch.tensor(RIDGE_START), searched=torch.tensor(0),
+            centres=s.prototype_scale * parameters["prototypes"], prior=nothing, last=torch.zeros(len(FIGURES)),
+        )  # fmt: skip
 
     def broadcast(self, state: FedVPAState, round: int, client_id: int) -> Broadcast:
-        """Parameters, the prior without the client itself, and its prototype (one-hot; zeros if it has none yet)."""
+        """Parameters, the prior without the client itself, and its prototypes' shares (zeros if it has none yet)."""
         row = _row(state.ids, client_id)
         if self.settings.prior == "standard":
             prior = (state.prior.means[:0], state.prior.log_scales[:0], state.prior.counts[:0])
@@ -150,7 +199,7 @@ class FedVPA:
             prior = without(state.prior, row, state.means[row], state.log_scales[row])
         assigned = torch.zeros(self.settings.prototypes)
         if row is not None and round > self.settings.warmup_rounds:
-            assigned[state.groups[row]] = 1.0
+            assigned = state.responsibilities[row]
         merged = state.prior.counts.shape[0] < state.ids.shape[0]
         # names of the components, so that a client's learnt logits find theirs again: client ids, or -1 - slot
         names = -1 - torch.arange(state.prior.counts.shape[0]) if merged else state.ids
@@ -166,25 +215,35 @@ class FedVPA:
         s, device = self.settings, clients[0].chosen.device
         sent = stacked([b.tensors for b in broadcasts], device)
         received = inside(sent, "parameters.")
+        fixed = {name: t for name, t in received.items() if s.fit == "sums" and name in SOLVED}
         round, names = broadcasts[0].round, broadcasts[0].tensors["prior.names"]
         prior = PriorTensors(sent["prior.means"], sent["prior.log_scales"], sent["prior.log_mass"])
         assigned = sent["assigned"]
         logits = torch.stack([_recall(memory, names) for memory in memories]).to(device)
-        data, index, draws = padded(clients), *draw_steps(s, clients, round, self.seed, s.local_steps, logits.shape[1])
+        data = padded(clients)
+        index, draws = draw_steps(s, clients, round, self.seed, s.local_steps, logits.shape[1])
 
         def one_client(
-            parameters: Parameters, own: Parameters, rows: Rows, step: Draws, prior: PriorTensors, assigned: Tensor
+            parameters: Parameters,
+            own: Parameters,
+            fixed: Parameters,
+            rows: Rows,
+            step: Draws,
+            prior: PriorTensors,
+            assigned: Tensor,
         ) -> tuple[Tensor, Tensor]:
-            weight = s.orthogonal_weight
-            return client_loss(parameters, own["logits"], rows, step, prior, assigned, s, s.temperature, weight)
+            weights, pull = {**parameters, **fixed}, s.orthogonal_weight
+            return client_loss(weights, own["logits"], rows, step, prior, assigned, s, s.temperature, pull)
 
         def inputs(step: int) -> tuple[Any, ...]:
-            return step_rows(data, index[:, step], s.context_pairs), step_draws(draws, step, device), prior, assigned
+            rows, drawn = step_rows(data, index[:, step], s.context_pairs), step_draws(draws, step, device)
+            return fixed, rows, drawn, prior, assigned
 
+        moving = {name: tensor for name, tensor in received.items() if name not in fixed}
         trained, own, figures = train_together(
-            one_client, received, {"logits": logits}, inputs, s.local_steps, s.learning_rate, s.weight_decay
+            one_client, moving, {"logits": logits}, inputs, s.local_steps, s.learning_rate, s.weight_decay
         )
-        view = received if s.statistic == "received" else trained
+        view = received if s.statistic == "received" else {**trained, **fixed}
         means, log_scales = self._statistics(view, data, clients, round)
         evidence = torch.func.vmap(self._evidence)(view, *data)
         replies = []
@@ -192,34 +251,109 @@ class FedVPA:
             tensors = {f"parameters.{name}": tensor[i] for name, tensor in trained.items()}
             tensors |= {"posterior.mean": means[i], "posterior.log_scale": log_scales[i]}
             tensors |= {"evidence": evidence[i], "figures": figures[i]}
+            tensors |= self._sums({name: tensor[i] for name, tensor in received.items()}, client)
             own_copy = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
             replies.append(Reply(client.client_id, float(len(client)), own_copy))
         return replies, [{"names": names, "logits": row.to("cpu", copy=True)} for row in own["logits"]]
 
+    def _sums(self, received: Parameters, client: ClientData) -> dict[str, Tensor]:
+        """What the server finds groups by and solves their rewards from: sums over all pairs of one client."""
+        s, x = self.settings, client.chosen - client.rejected
+        sent: dict[str, Tensor] = {}
+        if "sums" in (s.assignment, s.fit):
+            sent["moment"] = x.sum(dim=0)
+            sent["spread"] = torch.stack([x.square().sum(), torch.linalg.matrix_norm(x, 2).square()])
+        if s.fit == "sums":
+            margins = x @ prototype_rewards(received, s.prototype_scale).T
+            missed = torch.sigmoid(-margins)
+            sent["gradient"] = missed.T @ x
+            sent["curvature"] = (missed * (1 - missed)).sum(dim=0)
+        return sent
+
     def server_update(self, state: FedVPAState, replies: Sequence[Reply]) -> FedVPAState:
-        """Average the parameters, remember the statistics, assign prototypes, rebuild the prior."""
+        """Average the parameters, remember what clients sent, find groups, solve their rewards, rebuild the prior."""
         s = self.settings
         replies = sorted(replies, key=lambda reply: reply.client_id)
         weights = [reply.weight if s.aggregation == "pairs" else 1.0 for reply in replies]
-        parameters = self.combine([inside(reply.tensors, "parameters.") for reply in replies], weights)
-        parameters["prototypes"] = orthonormal(parameters["prototypes"])
+        averaged = self.combine([inside(reply.tensors, "parameters.") for reply in replies], weights)
+        parameters = {**state.parameters, **averaged}
+        if "prototypes" in averaged:
+            parameters["prototypes"] = orthonormal(averaged["prototypes"])
         heard = torch.tensor([reply.client_id for reply in replies])
         ids, rows, places = _join(state.ids, heard)
 
-        def remember(old: Tensor, name: str) -> Tensor:
-            new = torch.stack([reply.tensors[name] for reply in replies])
-            table = new.new_zeros(ids.shape[0], new.shape[1])
-            table[rows], table[places] = old, new
+        def remember(old: Tensor, *new: Tensor) -> Tensor:
+            table = old.new_zeros(ids.shape[0], *old.shape[1:])
+            table[rows] = old
+            if new:
+                table[places] = torch.stack(new)
             return table
 
-        means, log_scales = remember(state.means, "posterior.mean"), remember(state.log_scales, "posterior.log_scale")
-        evidence = remember(state.evidence, "evidence")
-        groups, centres = self._groups(parameters["prototypes"], means, evidence, state.centres)
-        prior = merge(means, log_scales, s.prior_components, state.prior.means)
-        figures = torch.stack([reply.tensors["figures"] for reply in replies]).mean(dim=0)
-        return FedVPAState(
-            state.round + 1, parameters, ids, means, log_scales, evidence, groups, centres, prior, figures
+        def sent(name: str) -> list[Tensor]:
+            return [reply.tensors[name] for reply in replies if name in reply.tensors]
+
+        known = replace(
+            state,
+            round=state.round + 1,
+            parameters=parameters,
+            ids=ids,
+            means=remember(state.means, *sent("posterior.mean")),
+            log_scales=remember(state.log_scales, *sent("posterior.log_scale")),
+            evidence=remember(state.evidence, *sent("evidence")),
+            responsibilities=remember(state.responsibilities),
+            pairs=remember(state.pairs, *(torch.tensor(reply.weight) for reply in replies)),
+            moments=remember(state.moments, *sent("moment")),
+            spread=remember(state.spread, *sent("spread")),
+            gradients=remember(state.gradients, *sent("gradient")),
+            curvature=remember(state.curvature, *sent("curvature")),
+            last=torch.stack(sent("figures")).mean(dim=0),
         )
+        known = self._grouped(known)
+        if s.fit == "sums":
+            known = self._solved(known)
+        return replace(known, prior=merge(known.means, known.log_scales, s.prior_components, state.prior.means))
+
+    def _grouped(self, state: FedVPAState) -> FedVPAState:
+        """Prototypes' shares of each known client, by the assignment that was asked for."""
+        s, prototypes = self.settings, state.parameters["prototypes"]
+        if s.assignment == "sums":
+            known, warm = state.ids.shape[0], state.responsibilities
+            # a fresh search costs a singular value decomposition, so it waits until a tenth more people are known
+            search = known >= 1.1 * int(state.searched)
+            lost = warm.sum(dim=1, keepdim=True) == 0
+            warm = torch.where(lost, torch.full_like(warm, 1 / s.prototypes), warm)
+            first = bool(lost.all())
+            found = find_groups(
+                state.moments, state.pairs, s.prototypes, _variance(state), None if first else warm, search
+            ).responsibilities
+            if not first and s.fit == "sums":
+                found = same_names(found, state.moments, prototype_rewards(state.parameters, s.prototype_scale))
+            elif not first:
+                found = same_names(found, state.moments, warm.T @ state.moments)
+            searched = torch.tensor(known) if search else state.searched
+            return replace(state, responsibilities=found, searched=searched)
+        centres = state.centres
+        if s.assignment == "evidence":
+            groups = assign(state.evidence, s.balance)
+        else:
+            labels, centres = cluster(state.means, centres, s.balance)
+            order = match(centres, prototypes)
+            matched = torch.empty_like(centres)
+            matched[order] = centres
+            groups, centres = order[labels], matched
+        return replace(state, responsibilities=F.one_hot(groups, s.prototypes).float(), centres=centres)
+
+    def _solved(self, state: FedVPAState) -> FedVPAState:
+        """The selector's weights after one step on all that is remembered, and the ridge that they ask for."""
+        s, shares = self.settings, state.responsibilities
+        rewards = prototype_rewards(state.parameters, s.prototype_scale)
+        rewards = fit_rewards(rewards, shares, state.gradients, state.spread[:, 1], float(state.ridge))
+        curvature = (shares * state.curvature).sum(dim=0)
+        ridge = choose_ridge(rewards, curvature, _variance(state), float(state.ridge))
+        shared = rewards.mean(dim=0)
+        personal = (rewards - shared).T @ state.parameters["prototypes"] / s.prototype_scale
+        weights = {"selector.shared": shared, "selector.personal": personal}
+        return replace(state, parameters={**state.parameters, **weights}, ridge=torch.tensor(ridge))
 
     def visits(self, state: FedVPAState, sites: Sequence[int], cohort: Sequence[int]) -> Sequence[Sequence[int]]:
         """One visit to the cohort."""
@@ -227,8 +361,12 @@ class FedVPA:
 
     def selector(self, state: FedVPAState, whitening: Whitening, names: tuple[str, ...] = ()) -> Selector:
         """The state as something that can be asked, and kept."""
-        prior = PriorTensors(state.prior.means, state.prior.log_scales, log_shares(state.prior.counts))
-        tastes = self.settings.prototype_scale * state.parameters["prototypes"]
+        s, tastes = self.settings, self.settings.prototype_scale * state.parameters["prototypes"]
+        if s.bayes_over == "prototypes":
+            # all alike: few as they may be, the people of a small group are not outvoted before they have spoken
+            prior = PriorTensors(tastes, torch.zeros_like(tastes), torch.zeros(s.prototypes).log_softmax(dim=0))
+        else:
+            prior = PriorTensors(state.prior.means, state.prior.log_scales, log_shares(state.prior.counts))
         return Selector(shape_of(self.settings), state.parameters, prior, whitening, tastes, names)
 
     def predictor(self, state: FedVPAState) -> SelectorPredictor:
@@ -245,12 +383,14 @@ class FedVPA:
         return sum(tensor.numel() for tensor in state.parameters.values())
 
     def figures(self, state: FedVPAState) -> dict[str, float]:
-        """Means over the last cohort: choice loss and KL in nats, the unweighted orthogonal loss."""
-        return dict(zip(FIGURES, (float(f) for f in state.last), strict=True))
+        """Means over the last cohort: choice loss and KL in nats, the unweighted orthogonal loss; and the ridge."""
+        found = dict(zip(FIGURES, (float(f) for f in state.last), strict=True))
+        return found | ({"ridge": float(state.ridge)} if self.settings.fit == "sums" else {})
 
     def assignment(self, state: FedVPAState) -> dict[int, int]:
-        """Prototype of every known client."""
-        return {int(i): int(g) for i, g in zip(state.ids, state.groups, strict=True)}
+        """Likeliest prototype of every known client."""
+        groups = state.responsibilities.argmax(dim=1)
+        return {int(i): int(g) for i, g in zip(state.ids, groups, strict=True)}
 
     def pack(self, state: FedVPAState) -> dict[str, Tensor]:
         """The state as named tensors."""
@@ -302,21 +442,24 @@ class FedVPA:
         first, second = answers(parameters, s, chosen), answers(parameters, s, rejected)
         return (F.softplus(-margin(parameters, s, tastes, first, second, scalars)) * mask).sum(dim=-1)
 
-    def _groups(
-        self, prototypes: Tensor, means: Tensor, evidence: Tensor, centres: Tensor
-    ) -> tuple[Tensor, Float[Tensor, "prototypes latent"]]:
-        """Prototype of each known client, and the clusters' centres where clusters decide it."""
-        s = self.settings
-        if s.assignment == "evidence":
-            return assign(evidence, s.balance), centres
-        labels, centres = cluster(means, centres, s.balance)
-        order = match(centres, prototypes)
-        matched = torch.empty_like(centres)
-        matched[order] = centres
-        return order[labels], matched
+
+def prototype_rewards(parameters: Parameters, scale: float) -> Float[Tensor, "prototypes hidden"]:
+    """The linear reward that each prototype's taste stands for, under the bilinear head: w0 + W z."""
+    rewards: Tensor = (
+        parameters["selector.shared"] + scale * parameters["prototypes"] @ parameters["selector.personal"].T
+    )
+    return rewards
 
 
-_KEPT = ("ids", "means", "log_scales", "evidence", "groups", "centres", "last")
+def _variance(state: FedVPAState) -> float:
+    """Mean square of one column over all known pairs."""
+    return float(state.spread[:, 0].sum() / (state.pairs.sum() * state.moments.shape[1]).clamp(min=1))
+
+
+_KEPT = (
+    "ids", "means", "log_scales", "evidence", "responsibilities", "pairs", "moments", "spread", "gradients",
+    "curvature", "ridge", "searched", "centres", "last",
+)  # fmt: skip
 
 
 def _row(ids: Tensor, client_id: int) -> int | None:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,6 +43,9 @@ class SelectorSettings(Section):
     """Add <B z, embedding> to the reward: the authors' later z-to-embedding map, on cached embeddings."""
     extractor: tuple[Width, ...] = ()
     """Widths of the feature extractor F; empty uses the whitened embedding as it is (paper: 512, 256, 128)."""
+    encoder_sees: Literal["features", "rewards"] = "features"
+    """What the posterior is inferred from: the features of a pair (paper), or what the bilinear head makes of them, the
+    reward and its slope along each dimension of the taste: all that the pair's likelihood depends on."""
     trunk: tuple[Width, ...] = (64,)
     """Widths of the posterior's trunk (paper: 512, 256, 128)."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -63,6 +66,12 @@ class SelectorSettings(Section):
     """Draws of z for the loss and for the Monte-Carlo KL; fewer than 4 make the KL very noisy."""
     kl_weight: float = Field(0.01, ge=0)
     """Weight of the KL in the loss (paper: 0.1)."""
+
+    @model_validator(mode="after")
+    def _rewards_are_there_to_be_seen(self) -> "SelectorSettings":
+        if self.encoder_sees == "rewards" and self.head != "bilinear":
+            raise ValueError(f"encoder_sees 'rewards' needs head 'bilinear', got {self.head!r}; set it to 'features'")
+        return self
 
 
 class PopulationSettings(SelectorSettings):
@@ -134,8 +143,9 @@ def start_parameters(
     """Fresh parameters for embeddings of width ``hidden``; everything that the clients train together."""
     parameters = start_mlp("extractor", hidden, settings.extractor, generator)
     features = settings.extractor[-1] if settings.extractor else hidden
-    parameters |= start_posterior(features, settings.latent, settings.trunk, settings.start_log_variance, generator)
     latent = settings.latent
+    seen = latent + 1 if settings.encoder_sees == "rewards" else features
+    parameters |= start_posterior(seen, latent, settings.trunk, settings.start_log_variance, generator)
     if settings.head == "bilinear":
         parameters["selector.shared"] = torch.zeros(features)
         # small, not zero: at zero the taste would get no gradient, and the posterior none either
@@ -235,9 +245,11 @@ def infer(
     keep: Sequence[Tensor] = (),
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
     """Posterior of a person's taste from features of its pairs, chosen minus rejected: mean and log_scale."""
-    return posterior(
-        parameters, difference, mask, len(settings.trunk), settings.pooling, settings.max_log_variance, keep
-    )
+    seen = difference
+    if settings.encoder_sees == "rewards":
+        shared = difference @ parameters["selector.shared"]
+        seen = torch.cat([difference @ parameters["selector.personal"], shared.unsqueeze(-1)], dim=-1)
+    return posterior(parameters, seen, mask, len(settings.trunk), settings.pooling, settings.max_log_variance, keep)
 
 
 class Guess(NamedTuple):
