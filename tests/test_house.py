@@ -23,7 +23,9 @@ FLOORS = (
     ("engines",),
     ("report",),
     ("experiment",),
-    ("person", "papers", "bench"),
+    ("person", "papers", "bench", "reported", "cells"),
+    ("compare",),
+    ("sweep",),
     ("cli",),
     ("__init__", "__main__"),
 )

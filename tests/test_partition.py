@@ -339,3 +339,64 @@ def test_a_table_and_a_print_of_every_size() -> None:
     assert "40 seen and 4 unseen people" in printed[1]
     assert "client" not in printed[1]
     assert "median" in printed[1]
+
+
+# mixed people
+
+
+def test_mixed_people_hold_the_share_of_another_axis_and_are_judged_on_their_own() -> None:
+    plain, mixed = made(clients=8), made(clients=8, mixed_share=0.3)
+    for before, after in zip(plain.people, mixed.people, strict=True):
+        assert (before.axis, before.test, len(before.train)) == (after.axis, after.test, len(after.train))
+        counts = Counter(one.axis for one in after.train)
+        assert counts[after.axis] == len(after.train) - round(0.3 * len(after.train))
+        assert len(counts) == 2
+        assert {one.axis for one in after.test} == {after.axis}
+        kept = [one for one in after.train if one.axis == after.axis]
+        assert set(kept) <= set(before.train), "only the share is exchanged"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_nobody_holds_a_pair_and_its_mirror_and_no_prompt_straddles(share: float) -> None:
+    dealt = made(clients=8, mixed_share=share, pairs_per_client=10)
+    check_deal(dealt)
+    for person in dealt.people:
+        assert len(set(map(texts, person.train))) == len(person.train) == 10
+        assert sum(one.axis != person.axis for one in person.train) == round(share * 10)
+        assert person.axis == dealt.axes[person.client_id % 2]
+    assert not prompts(train_of(dealt)) & prompts(held_out(dealt))
+
+
+def test_a_mixed_person_has_one_second_axis_of_several() -> None:
+    by_axis = {name: pairs(60, start=100 * place) for place, name in enumerate("abcd")}
+    dealt = made(by_axis, clients=16, unseen_clients=0, mixed_share=0.4)
+    seconds = [{one.axis for one in person.train} - {person.axis} for person in dealt.people]
+    assert all(len(second) == 1 for second in seconds)
+    assert len({axis for second in seconds for axis in second}) > 1
+
+
+def test_without_a_mixed_share_a_deal_is_what_it_was_and_seeds_decide_the_rest() -> None:
+    assert made(mixed_share=0.0) == made()
+    assert made(mixed_share=0.2) == made(mixed_share=0.2)
+    assert made(mixed_share=0.2, label_noise=0.5).people[0].axis == made().people[0].axis
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"mixed_share": 0.6}, "got 0.6 with the partition 'axis' and 2 axes"),
+        ({"mixed_share": 0.3, "partition": "equal"}, "got 0.3 with the partition 'equal' and 2 axes"),
+        ({"mixed_share": 0.3, "by_axis": {"only": pairs(60)}}, "got 0.3 with the partition 'axis' and 1 axes"),
+    ],
+)
+def test_a_share_that_cannot_be_mixed_is_refused(options: dict[str, Any], got: str) -> None:
+    with pytest.raises(ConfigError, match=f"mixed_share must be 0 to 0.5, and 0 unless .* {got}; 0.3 gives people"):
+        made(**options)
+
+
+def test_too_few_pairs_to_mix_in_is_said() -> None:
+    by_axis = {"many": pairs(400), "few": pairs(12, start=1000)}
+    with pytest.raises(
+        DataError, match=r"axis 'few' has \d+ training pairs that person 0 could hold .* lower mixed_share"
+    ):
+        made(by_axis, clients=2, unseen_clients=0, mixed_share=0.3)

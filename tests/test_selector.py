@@ -1,12 +1,16 @@
 """Selector: a swap flips the sign, exactly; the taste meets the answers; the loss has the right gradients."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from motet.algorithms.fedvpa import PAPER, FedVPASettings
+from motet.latent.posterior import posterior
 from motet.records import generator
 from motet.selector.selector import (
     Answers,
@@ -21,6 +25,7 @@ from motet.selector.selector import (
     margin,
     reward,
     start_parameters,
+    vpl_loss,
 )
 
 HIDDEN, SCALARS, LATENT = 10, 2, 4
@@ -229,3 +234,111 @@ def test_responsibilities_are_bayes() -> None:
 def test_the_papers_selector_has_the_papers_size() -> None:
     start = start_parameters(FedVPASettings(**PAPER), 896, 2, generator(0))
     assert sum(tensor.numel() for tensor in start.values()) == pytest.approx(0.9e6, rel=0.01)
+
+
+# --- what the encoder sees
+
+
+def as_rewards(**changes: Any) -> PopulationSettings:
+    return settings(**{"extractor": (), "encoder_sees": "rewards"} | changes)
+
+
+@pytest.mark.parametrize("extractor", [(), (8, 6)])
+def test_the_encoder_sees_the_reward_and_its_slopes(extractor: tuple[int, ...]) -> None:
+    s = as_rewards(extractor=extractor)
+    parameters, difference = parameters_of(s), torch.randn(5, extractor[-1] if extractor else HIDDEN)
+    assert parameters["trunk.0.weight"].shape == (7, LATENT + 1)
+    mean, log_scale = infer(parameters, s, difference, torch.ones(5))
+    assert mean.shape == log_scale.shape == (LATENT,)
+    # the slope of a pair's margin along each dimension of the taste, and the margin of no taste at all
+    chosen, rejected = Answers(difference, difference), Answers(0 * difference, 0 * difference)
+    nothing = torch.zeros(LATENT, requires_grad=True)
+    rows = []
+    for i in range(5):
+        one = margin(parameters, s, nothing, *(Answers(*(p[i : i + 1] for p in a)) for a in (chosen, rejected)),
+                     torch.zeros(1, SCALARS))  # fmt: skip
+        rows.append(torch.cat([torch.autograd.grad(one.sum(), nothing)[0], one.detach()]))
+    wanted = posterior(parameters, torch.stack(rows), torch.ones(5), 1, s.pooling, s.max_log_variance)
+    torch.testing.assert_close(mean, wanted[0])
+    torch.testing.assert_close(log_scale, wanted[1])
+
+
+def test_an_encoder_of_rewards_is_blind_to_what_moves_no_reward() -> None:
+    s = as_rewards()
+    parameters, difference = parameters_of(s), torch.randn(5, HIDDEN)
+    seen = torch.cat([parameters["selector.personal"], parameters["selector.shared"].unsqueeze(1)], dim=1)
+    unseen = torch.linalg.svd(seen.T)[2][LATENT + 1 :]  # directions that neither the reward nor its slopes look at
+    moved = difference + torch.randn(5, unseen.shape[0]) @ unseen
+    assert not torch.allclose(moved, difference)
+    for one, other in zip(*(infer(parameters, s, d, torch.ones(5)) for d in (difference, moved)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sees", ["features", "rewards"])
+@pytest.mark.parametrize("pooling", ["mean", "product"])
+def test_the_order_of_a_context_and_its_padding_do_not_matter(sees: str, pooling: str) -> None:
+    s = as_rewards(encoder_sees=sees, pooling=pooling)
+    parameters, difference = parameters_of(s), torch.randn(6, HIDDEN)
+    one = infer(parameters, s, difference, torch.ones(6))
+    padded = torch.cat([difference[torch.randperm(6)], 100 * torch.ones(2, HIDDEN)])
+    other = infer(parameters, s, padded, torch.tensor([1.0] * 6 + [0.0] * 2))
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("sees", ["features", "rewards"])
+def test_swapping_the_answers_of_a_context_mirrors_what_is_seen(sees: str) -> None:
+    """Without biases and kinks the whole encoder is odd; with the trunk's it need not be, but what it sees is."""
+    s = as_rewards(encoder_sees=sees, trunk=())
+    parameters = {name: t * 0 if name.endswith("bias") else t for name, t in parameters_of(s).items()}
+    parameters = {name: t * 0 if name.startswith("log_variance") else t for name, t in parameters.items()}
+    difference = torch.randn(6, HIDDEN)
+    (mean, scale), (mirrored, other) = (infer(parameters, s, d, torch.ones(6)) for d in (difference, -difference))
+    torch.testing.assert_close(mirrored, -mean)
+    torch.testing.assert_close(scale, other)
+    assert mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize("head", ["film", "additive"])
+def test_rewards_are_seen_only_where_they_are_linear(head: str) -> None:
+    wanted = f"encoder_sees 'rewards' needs head 'bilinear', got {head!r}; set it to 'features'"
+    with pytest.raises(ValidationError, match=re.escape(wanted)):
+        settings(head=head, encoder_sees="rewards")
+
+
+# --- the loss of FedVPL
+
+
+@pytest.mark.parametrize("shape", [{}, {"same_pair": True}, {"encoder_sees": "rewards", "extractor": ()}])
+def test_the_loss_of_fedvpl_is_the_formula(shape: dict[str, Any]) -> None:
+    s = settings(**{"kl_weight": 0.3} | shape)
+    parameters = parameters_of(s, torch.float64)
+    rows, draws, *_ = some_step(s)
+    loss, (choice, kl) = vpl_loss(parameters, rows, draws, s)
+    torch.testing.assert_close(loss, choice + 0.3 * kl)
+    first, second = (answers(parameters, s, part[:3]) for part in (rows.target_chosen, rows.target_rejected))
+    if s.same_pair:
+        alone = [infer(parameters, s, (first.features - second.features)[i : i + 1], torch.ones(1)) for i in range(3)]
+    else:
+        seen = [answers(parameters, s, part[:2]).features for part in (rows.context_chosen, rows.context_rejected)]
+        alone = [infer(parameters, s, seen[0] - seen[1], torch.ones(2, dtype=torch.float64))] * 3
+    mean, log_scale = (torch.stack(part) for part in zip(*alone, strict=True))
+    prior = Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    divergence = kl_divergence(Normal(mean, log_scale.exp()), prior).sum(dim=1).mean()
+    torch.testing.assert_close(kl, divergence)
+    tastes = mean + log_scale.exp() * draws.noise.unsqueeze(1)  # draws x targets x latent
+    slot = draws.slot[:3]
+    margins = margin(parameters, s, tastes, first, second, rows.target_scalars[:3], slot)
+    torch.testing.assert_close(choice, torch.log1p((-margins).exp()).mean())
+
+
+def test_the_loss_of_fedvpl_has_the_right_gradients() -> None:
+    for sees in ("features", "rewards"):
+        s = as_rewards(trunk=(5,), encoder_sees=sees)
+        parameters = parameters_of(s, torch.float64)
+        rows, draws, *_ = some_step(s)
+
+        def loss(*tensors: Tensor, s: Any = s, names: Any = tuple(parameters), step: Any = (rows, draws)) -> Tensor:
+            return vpl_loss(dict(zip(names, tensors, strict=True)), *step, s)[0]
+
+        inputs = tuple(tensor.requires_grad_() for tensor in parameters.values())
+        assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,19 +193,30 @@ def _known_clients() -> None:
 
 
 def _populated(algorithm: FedVPA, known: int) -> FedVPAState:
-    """A state that knows so many clients, in two groups."""
-    settings = algorithm.settings
-    state = algorithm.start(known)
-    g = generator(0, "bench", known)
-    means = torch.randn(known, settings.latent, generator=g) * 0.3
-    means[: known // 2, 0] += 4
-    evidence = torch.rand(known, settings.prototypes, generator=g)
-    scales = torch.full((known, settings.latent), -1.0)
-    return FedVPAState(
-        4, state.parameters, torch.arange(known), means, scales, evidence,
-        torch.arange(known) % settings.prototypes, state.centres, merge(means, scales, settings.prior_components),
-        state.last,
-    )  # fmt: skip
+    """A state that knows so many clients, in two groups whose sums lean opposite ways."""
+    s, hidden, pairs = algorithm.settings, algorithm.ground.hidden, 12
+    g, side = generator(0, "bench", known), torch.where(torch.arange(known) < known // 2, 1.0, -1.0)
+    means = torch.randn(known, s.latent, generator=g) * 0.3
+    means[:, 0] += 2 * side
+    scales = torch.full((known, s.latent), -1.0)
+    moments = torch.randn(known, hidden, generator=g) * (2 * pairs) ** 0.5
+    moments[:, 0] += pairs * side
+    return replace(
+        algorithm.start(known),
+        round=4,
+        ids=torch.arange(known),
+        means=means,
+        log_scales=scales,
+        evidence=torch.rand(known, s.prototypes, generator=g),
+        responsibilities=torch.rand(known, s.prototypes, generator=g).softmax(dim=1),
+        pairs=torch.full((known,), float(pairs)),
+        moments=moments,
+        spread=torch.tensor([2.0 * pairs * hidden, 400.0]).repeat(known, 1),
+        gradients=(moments / 2).unsqueeze(1).repeat(1, s.prototypes, 1),
+        curvature=torch.full((known, s.prototypes), pairs / 4),
+        searched=torch.tensor(known),
+        prior=merge(means, scales, s.prior_components),
+    )
 
 
 def _round(

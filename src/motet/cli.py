@@ -10,7 +10,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,6 +201,123 @@ def run_command(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[
+        str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the comparison; one that is there goes on.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Names with commas; default: all that train no language model.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="One run a method and seed: 0-4, or 0,3,7.")] = "0-4",
+    data: Annotated[
+        str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of all methods that know it, or METHOD.NAME=VALUE of one; repeatable."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", help="Worker processes; default: one a core.")] = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run several methods on the same pairs, people and seeds, and print one table.
+
+    Example: [bold]motet compare same-pair --data DATA/xstest --methods fedvpa,fedvpl --out runs/compared[/bold]
+    """
+    from motet.compare import compare, parse_seeds
+    from motet.report.matrix import notes, terminal
+
+    asked = _asked(data, preset, words)
+    folder = out if out is not None else Path("runs") / f"{recipe or 'matrix'}-compared"
+    names, numbers, workers = _names(methods), parse_seeds(seeds), _workers(jobs)
+    with _matrix(as_json) as watcher:
+        table = compare(recipe, folder, names, numbers, asked, config, cache, workers, watcher, _command())
+    if as_json:
+        typer.echo(json.dumps(table, indent=2))
+        return
+    _told(watcher.console, table["warnings"], terminal(table), notes(table), folder)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[
+        str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep; one that is there goes on.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Names with commas; default: all that train no language model.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="One run a method, point and seed: 0-4, or 0,3,7.")] = "0-4",
+    noise: Annotated[
+        str | None, typer.Option("--noise", help="Shares of flipped labels; default: 0,0.1,0.2,0.3; ablation: 0,0.3.")
+    ] = None,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", help="Most training pairs of one client, or all; default: 8,16,32,64.")
+    ] = None,
+    clients: Annotated[
+        str | None, typer.Option("--clients", help="Numbers of clients in training; default: 20,100.")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="In place of the grid: fedvpa without each of its parts.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of all methods that know it, or METHOD.NAME=VALUE of one; repeatable."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", help="Worker processes; default: one a core.")] = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods over a grid of label noise, pairs a client and clients, or take FedVPA-GP apart.
+
+    Example: [bold]motet sweep same-pair --data DATA/xstest --out runs/grid[/bold]
+    """
+    from motet.compare import parse_seeds
+    from motet.errors import ConfigError
+    from motet.report.grid import remarks, terminal
+    from motet.sweep import ABLATION_NOISE, CLIENTS, NOISE, PAIRS, ablate, parse_numbers
+    from motet.sweep import sweep as sweep_grid
+
+    asked, numbers, workers = _asked(data, preset, words), parse_seeds(seeds), _workers(jobs)
+    shares = None if noise is None else parse_numbers(noise, "--noise", whole=False)
+    most = PAIRS if pairs is None else parse_numbers(pairs, "--pairs", whole=True)
+    people = CLIENTS if clients is None else parse_numbers(clients, "--clients", whole=True)
+    folder = out if out is not None else Path("runs") / f"{recipe or 'matrix'}-swept"
+    for option, given in (("--methods", methods), ("--pairs", pairs), ("--clients", clients)):
+        if ablation and given is not None:
+            hint = "it takes fedvpa apart" if option == "--methods" else "give one value with --set"
+            raise ConfigError(f"{option} belongs to the grid, got it with --ablation; leave it out, {hint}")
+    with _matrix(as_json) as watcher:
+        if ablation:
+            content = ablate(
+                recipe, folder, numbers, shares or ABLATION_NOISE, asked, config, cache, workers, watcher, _command()
+            )
+        else:
+            content = sweep_grid(
+                recipe, folder, _names(methods), numbers, shares or NOISE, most, people,
+                asked, config, cache, workers, watcher, _command(),
+            )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+        return
+    _told(watcher.console, content["warnings"], terminal(content), remarks(content), folder)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")], as_json: JsonOption = False
 ) -> None:
@@ -368,3 +486,64 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+class _MatrixConsole(_Console):
+    """Tells of many runs at once."""
+
+    def cells(self, done: int, total: int, note: str) -> None:
+        if done == 0 and not self.console.is_terminal:
+            self.tasks["cells"] = time.monotonic()
+            self.said(f"{total} cells to run, beginning with {note}")
+        else:
+            self._bar("cells", done, total, f"{done} of {total}, {'next' if done == 0 else 'done'}: {note}")
+
+
+@contextmanager
+def _matrix(quiet: bool) -> Iterator[_MatrixConsole]:
+    """A console for many runs, which says how to go on after a Ctrl-C."""
+    watcher = _MatrixConsole(quiet)
+    try:
+        yield watcher
+    except KeyboardInterrupt:
+        watcher.close()
+        said = "motet: stopped; what is finished stays, and the same command goes on from there"
+        Console(stderr=True).print(said, highlight=False)
+        raise typer.Exit(130) from None
+    finally:
+        watcher.close()
+
+
+def _asked(data: str | None, preset: str | None, words: list[str] | None) -> dict[str, Any]:
+    from motet.config import parse_words
+
+    table = parse_words(words or [])
+    return table | {name: value for name, value in (("data", data), ("preset", preset)) if value is not None}
+
+
+def _names(methods: str | None) -> list[str] | None:
+    return None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+
+
+def _workers(jobs: int | None) -> int:
+    from motet.cells import cores
+
+    return cores() if jobs is None else jobs
+
+
+def _command() -> str:
+    """The line as it was typed, but of every path that begins at the root its last name only."""
+    import shlex
+
+    words = [str(Path(word).name) if word.startswith("/") else word for word in sys.argv[1:] if word != "--debug"]
+    return shlex.join(["motet", *words])
+
+
+def _told(console: Console, warnings: list[str], tables: list[Any], remarks: list[str], folder: Path) -> None:
+    for warning in warnings:
+        console.print(f"[yellow]note:[/yellow] {_plain(warning)}", highlight=False)
+    for table in tables:
+        console.print(table)
+    for remark in remarks:
+        console.print(_plain(remark.replace("*reported*", "reported")), highlight=False, style="dim")
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

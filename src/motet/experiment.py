@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from motet.algorithms import ALGORITHMS
-from motet.algorithms.fedvpa import FedVPASettings
+from motet.algorithms.fedvpa import FedVPA, FedVPASettings
 from motet.config import Section, nearest, read_toml, settings, write_atomically, write_toml
 from motet.data.partition import Deal, deal_table
 from motet.data.recipes import RECIPES, DataSettings, load_recipe
@@ -306,7 +306,8 @@ def run(
         )
 
         def watch(progress: Progress[Any]) -> Mapping[str, float] | None:
-            log, every = progress.log, asked.run.evaluate_every
+            # judging a language model costs more than training it for a round: those are looked at in the end only
+            log, every = progress.log, 0 if "base" in ALGORITHMS[asked.method].wants else asked.run.evaluate_every
             found = None
             if every and (log.round % every == 0 or log.round == asked.run.rounds):
                 found = _quick_look(algorithm.predictor(progress.state), prepared, asked)
@@ -380,6 +381,7 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
         "active_units": units,
         "kl": algorithm.figures(state).get("kl"),
         "adjusted_rand": adjusted_rand(assigned, truth),
+        "groups_found": algorithm.groups_found(state) if isinstance(algorithm, FedVPA) else None,
         "bytes_up_per_client_round": sum(log["bytes_up"] for log in logs) / max(visits, 1),
         "bytes_down_per_client_round": sum(log["bytes_down"] for log in logs) / max(visits, 1),
         "posterior_bytes": posterior_bytes,

@@ -26,7 +26,7 @@ from motet.evaluation.predictors import SelectorPredictor
 from motet.federated.client import padded, train_together
 from motet.federated.contract import Combine, Ground, weighted_mean
 from motet.federated.sets import draw_steps, inside, stacked, step_draws, step_rows, window
-from motet.latent.groups import RIDGE_START, choose_ridge, find_groups, fit_rewards, same_names
+from motet.latent.groups import RIDGE_START, choose_ridge, count_groups, find_groups, fit_rewards, same_names
 from motet.latent.layers import Parameters
 from motet.latent.posterior import posterior_statistics
 from motet.latent.prior import Merged, log_shares, merge, without
@@ -59,12 +59,19 @@ class FedVPASettings(PopulationSettings):
 
     local_steps: int = Field(10, ge=1)
     """Local steps in a round (paper: 30)."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Of AdamW at the clients (paper: 1e-3 for these modules with Gemma, 1e-4 with Qwen)."""
+    orthogonal_weight: float = Field(0.5, ge=0)
+    """Weight of the orthogonal loss (paper: 0.03125, that is 1 on a mean over 32 dimensions). Left out with fit
+    steps: 0.1."""
+    learning_rate: float = Field(5e-3, gt=0)
+    """Of AdamW at the clients (paper: 1e-3 for these modules with Gemma, 1e-4 with Qwen). Left out with fit steps:
+    0.001."""
     weight_decay: float = Field(0.0, ge=0)
     """Of AdamW, decoupled."""
     aggregation: Literal["pairs", "plain"] = "pairs"
     """Average parameters by number of pairs, or count each client once (paper: plain)."""
+    encoder_sees: Literal["features", "rewards"] = "rewards"
+    """What the posterior is inferred from: the features of a pair (paper), or what the bilinear head makes of them, the
+    reward and its slope along each dimension of the taste. Left out with fit steps: features."""
     fit: Literal["sums", "steps"] = "sums"
     """How the selector's own weights are found: solved by the server from sums of the clients' gradients, or by local
     steps (paper). Left out: steps where the head is not bilinear, there is an extractor, or tastes leak (same_pair)."""
@@ -96,7 +103,8 @@ class FedVPASettings(PopulationSettings):
         )
         filled = {"fit": "sums" if linear else "steps", **given}
         sums = filled["fit"] == "sums"
-        return {"encoder_sees": "rewards" if sums else "features", **filled}
+        usual = (5e-3, 0.5, "rewards") if sums else (1e-3, 0.1, "features")
+        return {**dict(zip(("learning_rate", "orthogonal_weight", "encoder_sees"), usual, strict=True)), **filled}
 
     @model_validator(mode="after")
     def _sums_need_a_linear_reward(self) -> "FedVPASettings":
@@ -377,6 +385,12 @@ class FedVPA:
         """``selector.safetensors`` and ``config.json``."""
         selector = self.selector(state, about.whitening, about.names)
         save_selector(selector, folder, about.backbone, about.fingerprint, **about.notes)
+
+    def groups_found(self, state: FedVPAState) -> int | None:
+        """How many groups the clients' sums speak for, whatever ``prototypes`` says; ``None`` without sums."""
+        if not state.moments.abs().sum() > 0:
+            return None
+        return count_groups(state.moments, state.pairs, _variance(state))[0]
 
     def parameters_added(self, state: FedVPAState) -> int:
         """Numbers that are trained, beside the frozen language model."""

@@ -46,7 +46,7 @@ class Person:
     seen: bool
     """Whether the person takes part in training."""
     axis: str | None
-    """The axis most of its training pairs are of. Known to evaluation only."""
+    """The axis most of its training pairs are of; of a mixed person, its main axis. Known to evaluation only."""
     train: tuple[Pair, ...]
     """Training pairs; of an unseen person, the context it is introduced with."""
     test: tuple[Pair, ...]
@@ -141,6 +141,7 @@ def deal(
     test_pairs: int | None = None,
     public_pairs: int | None = None,
     group_sizes: tuple[float, ...] | None = None,
+    mixed_share: float = 0.0,
     said: tuple[str, ...] = (),
 ) -> Deal:
     """Deal pairs to people.
@@ -161,6 +162,8 @@ def deal(
         test_pairs: Number of test pairs per axis; with ``public_pairs``, in place of the two shares.
         public_pairs: Number of public pairs per axis.
         group_sizes: Relative numbers of people per axis, for ``axis``; equal where left out.
+        mixed_share: Share of each person's training pairs, 0 to 0.5, that are of another axis, for ``axis``. It is
+            judged on its own axis all the same.
         said: Sentences to begin ``Deal.said`` with.
 
     Raises:
@@ -173,6 +176,11 @@ def deal(
         raise ConfigError(
             f"a deal needs at least 1 axis, 1 client, 0 unseen clients and 2 pairs_per_client, "
             f"got {len(by_axis)}, {clients}, {unseen_clients} and {pairs_per_client}"
+        )
+    if not 0 <= mixed_share <= 0.5 or (mixed_share and (partition != "axis" or len(by_axis) < 2)):
+        raise ConfigError(
+            f"mixed_share must be 0 to 0.5, and 0 unless the partition is 'axis' and there are 2 axes or more, "
+            f"got {mixed_share} with the partition {partition!r} and {len(by_axis)} axes; 0.3 gives people of 7 to 3"
         )
     marked = {
         axis: [pair if pair.axis == axis else replace(pair, axis=axis) for pair in pairs]
@@ -209,6 +217,8 @@ def deal(
         own = _shuffled(own, seed, "deal", "person", number)[:pairs_per_client]
         most = Counter(pair.axis for pair in own).most_common(1)[0][0]
         axis = None if partition == "equal" and len(by_axis) > 1 else most
+        if mixed_share:
+            own = _mixed(own, train, mixed_share, number, seed)
         own = _labelled(own, number, label_noise, labels, seed)
         people.append(Person(number, names[number], number < clients, axis, tuple(own), tests[id(held_out)]))
     texts = {_texts(pair): _unlabelled(pair) for pair in chain.from_iterable(public.values())}
@@ -425,6 +435,33 @@ def _share_out(pairs: list[Pair], people: int, least: int, what: str) -> list[li
         if min(map(len, shares)) >= least:
             break
     return shares
+
+
+def _mixed(own: list[Pair], train: Mapping[str, list[Pair]], share: float, person: int, seed: int) -> list[Pair]:
+    """The pairs of a person of one axis, some of them replaced by training pairs of another one, drawn for it.
+
+    Those may be held by others, too. No two answers come twice, whichever was chosen: people who want opposite things
+    of the same answers would else contradict themselves.
+    """
+    draw = generator(seed, "deal", "mixed", person)
+    others = [axis for axis in train if axis != own[0].axis]
+    other = others[int(torch.randint(len(others), (), generator=draw))]
+    wanted = round(share * len(own))
+    places = sorted(torch.randperm(len(own), generator=draw)[:wanted].tolist())
+    known = {_texts(pair) for place, pair in enumerate(own) if place not in set(places)}
+    found: list[Pair] = []
+    for at in torch.randperm(len(train[other]), generator=draw).tolist():
+        pair = train[other][at]
+        if len(found) < wanted and _texts(pair) not in known:
+            known.add(_texts(pair))
+            found.append(pair)
+    if len(found) < wanted:
+        raise DataError(
+            f"axis {other!r} has {len(found)} training pairs that person {person} could hold beside its own, "
+            f"mixed_share {share} asks for {wanted}; lower mixed_share or pairs_per_client, or give more pairs"
+        )
+    replaced = dict(zip(places, found, strict=True))
+    return [replaced.get(place, pair) for place, pair in enumerate(own)]
 
 
 def _labelled(own: list[Pair], person: int, noise: float, labels: str, seed: int) -> list[Pair]:

@@ -33,7 +33,7 @@ CRITERIA = {
 """The five axes of the recipe ``criteria``, and how ImageInWords names them."""
 _MOST_PER_PROMPT = 4
 _SHARES = {"test_share": 0.25, "public_share": 0.1}
-_BY_NAME = ("dirichlet_alpha", "group_sizes", "label_noise", "labels", "pairs_per_client")
+_BY_NAME = ("dirichlet_alpha", "group_sizes", "label_noise", "labels", "mixed_share", "pairs_per_client")
 
 
 class DataSettings(Section):
@@ -59,6 +59,9 @@ class DataSettings(Section):
     """How mixed the people are under dirichlet. Near 0 each has one axis, far above 1 all are alike."""
     group_sizes: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     """Relative numbers of people per axis, for the partition axis. Left out: equal."""
+    mixed_share: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of each person's training pairs that follow another axis, drawn for each person; for the partition axis.
+    Such a person is judged on its main axis: accuracy says how well that is served, and 1 can still be reached."""
     test_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts that people are judged on. Left out: what the recipe says, mostly 0.25."""
     public_share: float | None = Field(default=None, ge=0, lt=1)

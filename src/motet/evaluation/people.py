@@ -46,7 +46,7 @@ class Predictor(Protocol):
 class EvaluationSettings(Section):
     """How people are judged."""
 
-    inference: Inference = "amortised"
+    inference: Inference = "bayes"
     """Which inference the headline figures use; both are always reported."""
     contexts: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2, 4, 8, 16, 32, 64), min_length=1)
     """Numbers of context pairs; the largest gives the headline, and a person with fewer pairs gives all it has."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from motet.evaluation.people import HeldOut, Inference, Judged
+from motet.federated.linear import fit_many
 from motet.records import ClientData
 from motet.selector.selector import bayes_responsibilities
 from motet.selector.trained import Selector
@@ -94,6 +95,25 @@ class RewardsPredictor:
         else:
             chances = torch.sigmoid(margins).mean(dim=0)
         return {self.inferences[0]: chances.expand(len(contexts), -1)}
+
+
+class FittedPredictor:
+    """A linear reward fitted to each context: what a person's own choices are worth, without anybody's help."""
+
+    inferences: tuple[Inference, ...] = ("fitted",)
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+
+    def probabilities(
+        self, person: Judged, contexts: Sequence[Tensor]
+    ) -> Mapping[Inference, Float[Tensor, "contexts pairs"]]:
+        """See :class:`~motet.evaluation.people.Predictor`. One half for everything under an empty context."""
+        own, width = columns(person.context), max([1, *(len(rows) for rows in contexts)])
+        rows, mask = own.new_zeros(len(contexts), width, own.shape[1]), own.new_zeros(len(contexts), width)
+        for place, context in enumerate(contexts):
+            rows[place, : len(context)], mask[place, : len(context)] = own[context], 1.0
+        return {"fitted": torch.sigmoid(fit_many(rows, mask, self.ridge) @ columns(person.test).T)}
 
 
 def same_pair_probabilities(selector: Selector, test: HeldOut) -> Float[Tensor, " pairs"]:

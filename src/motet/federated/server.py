@@ -48,7 +48,8 @@ class RunSettings(Section):
     checkpoint_every: int = Field(5, ge=1)
     """Rounds between checkpoints: so much work a killed run can lose at most."""
     evaluate_every: int = Field(5, ge=0)
-    """Rounds between looks at the held-out accuracy, for the curve only; 0 never looks before the end."""
+    """Rounds between looks at the held-out accuracy, for the curve only; 0 never looks before the end, and neither
+    does a method that trains a language model."""
 
 
 @runtime_checkable

@@ -23,6 +23,10 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 SEARCH_STEPS, WARM_STEPS = 30, 5
+FOLDS, ENOUGH = 5, 0.1
+"""A tenth told 2, 3 and 4 groups apart on all deals of the trial in ``LOG.md``, 0 to 30 % of the labels flipped."""
+CAUTION = 1.5
+"""The ridge is so many times the evidence's: from 1 to 2 held-out accuracy rose on every data set of the trial."""
 RIDGE_START, RIDGE_LEAST, RIDGE_MOST = 100.0, 1.0, 3000.0
 """In units of whitened features, on the summed loss; the bounds are far outside what any data chose."""
 
@@ -140,10 +144,10 @@ def choose_ridge(
     variance: float,
     ridge: float,
 ) -> float:
-    """The ridge under which the rewards are as large as their prior expects. (E19)
+    """The ridge under which the rewards are about as large as their prior expects. (E19)
 
     MacKay's fixed point of the evidence, ridge = (well-determined directions) / |u|^2, with the curvature taken to be
-    the same in all directions. It moves at most tenfold in one step.
+    the same in all directions, times ``CAUTION``. It moves at most tenfold in one step.
 
     Args:
         rewards: u_k.
@@ -153,5 +157,43 @@ def choose_ridge(
     """
     steep = curvature * variance
     determined = float((rewards.shape[1] * steep / (steep + ridge)).sum())
-    wanted = determined / max(float(rewards.square().sum()), 1e-9)
+    wanted = CAUTION * determined / max(float(rewards.square().sum()), 1e-9)
     return min(max(wanted, 0.1 * ridge, RIDGE_LEAST), 10 * ridge, RIDGE_MOST)
+
+
+def count_groups(
+    moments: Float[Tensor, "known columns"],
+    pairs: Float[Tensor, " known"],
+    variance: float,
+    most: int = 6,
+) -> tuple[int, list[float]]:
+    """How many groups the moments speak for, by the evidence of people who were held out. (E20)
+
+    People are held out a fifth at a time; the rewards of the others explain their moments, at the common slope that
+    explains all of them best. The count is the first after which one more group adds less than ``ENOUGH`` of what all
+    groups together add over one: held-out evidence itself goes on rising slowly, as a moment is explained by the group
+    that it chooses.
+
+    Returns:
+        The count, at least 1, and the held-out evidence, in nats, of 1, 2, ... groups.
+    """
+    rows, counts = moments.double(), pairs.double()
+    fold = torch.arange(rows.shape[0]) % FOLDS
+    slopes = torch.logspace(-1, 0.8, 20, dtype=torch.double)
+    evidence = []
+    for groups in range(1, min(most, rows.shape[0] // 2) + 1):
+        total = torch.zeros_like(slopes)
+        for held_out in range(FOLDS):
+            train, test = fold != held_out, fold == held_out
+            shares = find_groups(moments[train], pairs[train], groups, variance).responsibilities.double()
+            rewards = shares.T @ rows[train]
+            rewards = rewards / (torch.linalg.vector_norm(rewards, dim=1, keepdim=True) * math.sqrt(variance))
+            margins = slopes.view(-1, 1, 1) * (rows[test] @ rewards.T / 2)
+            explained = torch.logsumexp(margins, dim=2) - math.log(groups) - slopes.square().unsqueeze(1) * counts[test] / 8
+            total += explained.sum(dim=1)
+        evidence.append(float(total.max()))
+    gain = max(evidence) - evidence[0]
+    count = 1
+    while count < len(evidence) and gain > 0 and evidence[count] - evidence[count - 1] >= ENOUGH * gain:
+        count += 1
+    return count, evidence
