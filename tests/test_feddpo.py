@@ -183,7 +183,7 @@ def test_what_is_exported_is_an_adapter(model: str, tmp_path: Path) -> None:
     algorithm = made(model)
     state = algorithm.start(1)
     for _ in range(2):
-        algorithm.export(state, tmp_path)
+        algorithm.export(state, tmp_path, about())
         assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
             "adapter_config.json", "adapter_model.safetensors"
         ]  # fmt: skip

@@ -69,6 +69,8 @@ def test_a_deal_that_does_not_change_is_run_once_and_marked(swept: Swept) -> Non
     text = (swept.folder / "sweep.md").read_text(encoding="utf-8")
     assert "| = 4 | all | 0% |" in text
     assert "It was run once." in text
+    counted = next(cells for title, _, cells in tables(swept.content) if title.startswith("At how many points"))
+    assert {sum(map(int, line[2:])) for line in counted} <= {1, 2}  # of four points, two are counted
 
 
 def test_the_other_forms_say_the_same(swept: Swept) -> None:

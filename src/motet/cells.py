@@ -252,13 +252,13 @@ class _Bench:
         resume, ears = has_checkpoint(cell.folder), _Ears()
         write_atomically(cell.folder / CELL, (json.dumps(about, indent=2) + "\n").encode())
         try:
-            run(cell.settings, cell.folder, self.cache, resume, ears, prepared)
+            run(cell.settings, cell.folder, self.cache, resume, ears, prepared, report=False)
         except RunError as error:
             if not resume or ears.rounds:
                 raise
             self._anew(cell, str(error), say)
             write_atomically(cell.folder / CELL, (json.dumps(about, indent=2) + "\n").encode())
-            run(cell.settings, cell.folder, self.cache, False, ears, prepared)
+            run(cell.settings, cell.folder, self.cache, False, ears, prepared, report=False)
 
     def _anew(self, cell: Cell, why: str, say: Callable[[str], None]) -> None:
         say(f"{cell.name} is run anew, for {why}")

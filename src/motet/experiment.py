@@ -266,6 +266,7 @@ def run(
     resume: bool = False,
     watcher: Watcher | None = None,
     prepared: Prepared | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Run one experiment and leave a folder that tells everything about it.
 
@@ -277,6 +278,7 @@ def run(
         watcher: Told of every step.
         prepared: What :func:`prepare` made of the same data, backbone, features and seed, so that several methods
             share the reading; left out: it is made here.
+        report: Whether to write ``report.html``; ``motet report`` can do it later.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -316,7 +318,10 @@ def run(
 
         state = run_rounds(algorithm, engine, asked.run, asked.seed, out, identity, watch, resume)
         watcher.said("judging on pairs that nobody trained on")
-        return conclude(asked, prepared, algorithm, state, out)
+        summary = conclude(asked, prepared, algorithm, state, out)
+        if report:
+            write_report(out)
+        return summary
 
 
 def build_algorithm(asked: Settings, prepared: Prepared, cache: Path) -> Any:
@@ -396,7 +401,6 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
         "warnings": evaluation["warnings"],
     }
     write_atomically(out / "summary.json", _json(summary))
-    write_report(out)
     return summary
 
 

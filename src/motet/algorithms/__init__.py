@@ -72,8 +72,9 @@ ALGORITHMS: Mapping[str, Method] = {
     ),
     "mixture-em": Method(
         MixtureEM, MixtureEMSettings, "mixture EM",
-        "Dempster, Laird, Rubin 1977, Maximum likelihood from incomplete data via the EM algorithm, JRSS B 39; by running "
-        "sums as in Cappé, Moulines 2009, On-line expectation-maximization algorithm for latent data models, JRSS B 71",
+        "Dempster, Laird, Rubin 1977, Maximum likelihood from incomplete data via the EM algorithm, JRSS B 39; by "
+        "running sums as in Cappé, Moulines 2009, On-line expectation-maximization algorithm for latent data models, "
+        "JRSS B 71",
         groups="components",
     ),
     "local": Method(Local, LocalSettings, "local, each client alone", _BRADLEY_TERRY),

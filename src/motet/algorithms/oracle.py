@@ -29,8 +29,8 @@ class OracleSettings(Section):
     """Oracle: how much the pooled pairs of a group are trusted."""
 
     ridge: float = Field(300.0, gt=0)
-    """Half of it, times the squared norm of a reward, is added to the loss, a sum over the group's pairs, in nats. 300 is
-    best on average over clean and noisy data (``docs/methods.md``); 30 gains half a point where there is no noise."""
+    """Half of it, times the squared norm of a reward, is added to the loss, a sum over the group's pairs, in nats. 300
+    is best on average over clean and noisy data (``docs/methods.md``); 30 gains half a point where there is no noise."""
 
 
 class Oracle:

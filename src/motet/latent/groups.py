@@ -189,8 +189,8 @@ def count_groups(
             rewards = shares.T @ rows[train]
             rewards = rewards / (torch.linalg.vector_norm(rewards, dim=1, keepdim=True) * math.sqrt(variance))
             margins = slopes.view(-1, 1, 1) * (rows[test] @ rewards.T / 2)
-            explained = torch.logsumexp(margins, dim=2) - math.log(groups) - slopes.square().unsqueeze(1) * counts[test] / 8
-            total += explained.sum(dim=1)
+            spent = math.log(groups) + slopes.square().unsqueeze(1) * counts[test] / 8
+            total += (torch.logsumexp(margins, dim=2) - spent).sum(dim=1)
         evidence.append(float(total.max()))
     gain = max(evidence) - evidence[0]
     count = 1

@@ -138,13 +138,14 @@ def lead(content: Mapping[str, Any]) -> str:
         if not needed:
             return "Taking away any one part of FedVPA-GP costs no more accuracy of seen people than chance would."
         return f"FedVPA-GP is worse, by more than chance: {', '.join(needed)}."
-    behind = {row["point"] for row in rows if row["verdict"] == "better"}
-    if not behind:
-        return (
-            f"At none of {len(content['points'])} points is a method better than {called[first]} by more than chance."
-        )
-    count = f"{len(behind)} of {len(content['points'])} points"
-    return f"At {count} some method is better than {called[first]} by more than chance."
+    points = _distinct(content)
+    ahead = [row for row in rows if row["verdict"] == "better" and row["point"] in points]
+    if not ahead:
+        return f"At none of {len(points)} points is a method better than {called[first]} by more than chance."
+    names = Counter(called[row["method"]] for row in ahead).most_common()
+    count = f"{len({row['point'] for row in ahead})} of {len(points)} points"
+    listed_names = ", ".join(f"{name} ({times})" for name, times in names)
+    return f"At {count} a method is better than {called[first]} by more than chance: {listed_names}."
 
 
 def remarks(content: Mapping[str, Any]) -> list[str]:
@@ -184,8 +185,11 @@ def _sweep(content: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
             line += [_figure(by_name[name], "accuracy_mean", 100, 1) for name in controls]
             cells.append(line)
         found.append((title, heads, cells))
+    distinct = _distinct(content)
     counts = Counter(
-        (row["method"], row["figure"], row["verdict"]) for row in content["differences"] if row["reference"] == first
+        (row["method"], row["figure"], row["verdict"])
+        for row in content["differences"]
+        if row["reference"] == first and row["point"] in distinct
     )
     listed_figures = list(dict.fromkeys(row["figure"] for row in content["differences"]))
     cells = [
@@ -197,6 +201,11 @@ def _sweep(content: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         heads = [f"against {called[first]}", "figure", *VERDICTS]
         found.append((f"At how many points each method is better than {called[first]}", heads, cells))
     return found
+
+
+def _distinct(content: Mapping[str, Any]) -> set[int]:
+    """Points with a deal of their own: one that repeats another's is not counted twice."""
+    return {point["point"] for point in content["points"] if point["same_as"] is None}
 
 
 def _ablation(content: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -74,7 +74,7 @@ def _panel(
             _box(plot, x, y, number(row.get(figure)), SCALES[figure], row.get("same_as") is not None)
     plot.set_xlim(-0.5, xs[-1] + 0.5)
     plot.set_ylim(len(noise) - 0.5, -0.5)
-    plot.set_title(plain(name_of(rows[0])), fontsize=6.5, pad=9 if len(groups) > 1 or low else 3, color=INK)
+    plot.set_title(plain(name_of(rows[0])), fontsize=6.5, pad=9, color=INK)
     plot.set_xticks(xs, ["all" if pairs is None else str(pairs) for _, pairs in columns], fontsize=5)
     plot.set_yticks(range(len(noise)), [f"{share:.0%}" for share in noise] if left else [], fontsize=5)
     plot.tick_params(length=0, pad=2)

@@ -84,15 +84,16 @@ def embeddings(
         progress: Told how far it is.
     """
     keys = [text_key(prompt, answer) for prompt, answer in items]
-    lengths = dict(zip(keys, backbone.tokens(items), strict=True)) if progress else {}
+
+    def measure(missing: Sequence[int]) -> Sequence[int]:
+        return backbone.tokens([items[i] for i in missing])
 
     def compute(missing: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         for batch, said in backbone.embed([items[i] for i in missing]):
             yield batch, {"embedding": said.embedding, "log_likelihood": said.log_likelihood}
 
-    rows = _cached(
-        FeatureCache(cache, backbone.fingerprint, "answers") if cache else None, keys, compute, lengths, progress
-    )
+    kept = FeatureCache(cache, backbone.fingerprint, "answers") if cache else None
+    rows = _cached(kept, keys, compute, measure, progress)
     if not rows:
         return Embedded(torch.zeros(0, backbone.hidden), torch.zeros(0))
     return Embedded(
@@ -105,15 +106,16 @@ def choice_log_odds(
 ) -> Tensor:
     """The frozen model's swap-averaged log-odds of each first answer, from the cache where it has them."""
     keys = [text_key(prompt, first, second) for prompt, first, second in items]
-    lengths = {key: len(first) + len(second) for key, (_, first, second) in zip(keys, items, strict=True)}
+
+    def measure(missing: Sequence[int]) -> Sequence[int]:
+        return [len(items[i][1]) + len(items[i][2]) for i in missing]
 
     def compute(missing: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         for batch, odds in backbone.choices([items[i] for i in missing]):
             yield batch, {"log_odds": odds}
 
-    rows = _cached(
-        FeatureCache(cache, backbone.fingerprint, "choices") if cache else None, keys, compute, lengths, progress
-    )
+    kept = FeatureCache(cache, backbone.fingerprint, "choices") if cache else None
+    rows = _cached(kept, keys, compute, measure, progress)
     return torch.stack([row["log_odds"] for row in rows]) if rows else torch.zeros(0)
 
 
@@ -127,7 +129,7 @@ def _cached(
     cache: FeatureCache | None,
     keys: Sequence[str],
     compute: Callable[[Sequence[int]], Iterator[tuple[list[int], dict[str, Tensor]]]],
-    lengths: dict[str, int],
+    measure: Callable[[Sequence[int]], Sequence[int]],
     progress: Progress | None,
 ) -> list[dict[str, Tensor]]:
     known = cache.rows if cache is not None else {}
@@ -137,7 +139,8 @@ def _cached(
     fresh: dict[str, dict[str, Tensor]] = {}
     waiting: list[tuple[str, dict[str, Tensor]]] = []
     written = time.monotonic()
-    total, done = sum(lengths.get(keys[i], 1) for i in missing), 0
+    lengths = measure(missing) if progress is not None and missing else [1] * len(missing)
+    total, done = sum(lengths), 0
 
     def flush() -> None:
         if cache is not None and waiting:
@@ -151,7 +154,7 @@ def _cached(
                 key = keys[missing[place]]
                 fresh[key] = {name: tensor[row] for name, tensor in tensors.items()}
                 waiting.append((key, fresh[key]))
-                done += lengths.get(key, 1)
+                done += lengths[place]
             if len(waiting) >= SHARD_ROWS or time.monotonic() - written > SHARD_SECONDS:
                 flush()
                 written = time.monotonic()
