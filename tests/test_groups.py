@@ -290,7 +290,7 @@ def settled(people: People, held: Tensor) -> tuple[float, Tensor]:
 def test_the_ridge_is_small_where_labels_are_clean_and_large_where_they_are_noisy() -> None:
     found = {}
     for flipped in (0.0, 0.3, 0.5):
-        people = planted((10, 10), pairs=24, opposite=True, flipped=flipped)
+        people = planted((10, 10), pairs=96, hidden=12, opposite=True, flipped=flipped)
         held = torch.nn.functional.one_hot(torch.tensor(people.truth), 2).float()
         found[flipped], rewards = settled(people, held)
         assert RIDGE_LEAST <= found[flipped] <= RIDGE_MOST

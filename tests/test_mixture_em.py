@@ -76,7 +76,7 @@ def accuracy(algorithm: MixtureEM, state: MixtureEMState, context: ClientData, t
 @pytest.mark.parametrize(("groups", "flipped"), [(2, 0.0), (2, 0.3), (3, 0.1)])
 def test_it_finds_the_tastes_that_were_planted_though_labels_are_noisy(groups: int, flipped: float) -> None:
     truth = planted(groups)
-    clients = [person(i, 16, truth[i % groups], flipped) for i in range(48)]
+    clients = [person(i, 24, truth[i % groups], flipped) for i in range(48)]
     algorithm = made(components=groups)
     state = drive(algorithm, clients, rounds=30, cohort=12)
     known = torch.stack([sum_of(clients[group::groups]) for group in range(groups)])
@@ -84,7 +84,7 @@ def test_it_finds_the_tastes_that_were_planted_though_labels_are_noisy(groups: i
     assert float(likenesses(algorithm.fitted(state), truth).mean()) > told - 0.15
     for group in range(groups):  # somebody new, whom nobody trained on
         context, test = (person(500 + group, n, truth[group], f, seed=1) for n, f in ((24, flipped), (300, 0.0)))
-        assert accuracy(algorithm, state, context, test) > (0.8 if flipped < 0.3 else 0.65)
+        assert accuracy(algorithm, state, context, test) > (0.8 if flipped < 0.3 else 0.7)
 
 
 def test_a_small_group_is_not_drowned() -> None:
