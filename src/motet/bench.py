@@ -236,12 +236,12 @@ def _known_clients() -> None:
 
 def _populated(algorithm: FedVPA, known: int) -> FedVPAState:
     """A state that knows so many clients, in two groups whose sums lean opposite ways."""
-    s, hidden, pairs = algorithm.settings, algorithm.ground.hidden, 12
+    s, width, pairs = algorithm.settings, algorithm.ground.hidden + algorithm.ground.scalars, 12
     g, side = generator(0, "bench", known), torch.where(torch.arange(known) < known // 2, 1.0, -1.0)
     means = torch.randn(known, s.latent, generator=g) * 0.3
     means[:, 0] += 2 * side
     scales = torch.full((known, s.latent), -1.0)
-    moments = torch.randn(known, hidden, generator=g) * (2 * pairs) ** 0.5
+    moments = torch.randn(known, width, generator=g) * (2 * pairs) ** 0.5
     moments[:, 0] += pairs * side
     return replace(
         algorithm.start(known),
@@ -253,8 +253,9 @@ def _populated(algorithm: FedVPA, known: int) -> FedVPAState:
         responsibilities=torch.rand(known, s.prototypes, generator=g).softmax(dim=1),
         pairs=torch.full((known,), float(pairs)),
         moments=moments,
-        spread=torch.tensor([2.0 * pairs * hidden, 400.0]).repeat(known, 1),
-        gradients=(moments / 2).unsqueeze(1).repeat(1, s.prototypes, 1),
+        spread=torch.full((known,), 2.0 * pairs * width),
+        bends=torch.full((known, s.prototypes), 100.0),
+        pulls=(moments / 2).unsqueeze(1).repeat(1, s.prototypes, 1),
         curvature=torch.full((known, s.prototypes), pairs / 4),
         searched=torch.tensor(known),
         prior=merge(means, scales, s.prior_components),

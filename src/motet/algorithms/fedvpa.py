@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from motet.evaluation.predictors import SelectorPredictor
+from motet.evaluation.predictors import SelectorPredictor, columns
 from motet.federated.client import padded, train_together
 from motet.federated.contract import Combine, Ground, weighted_mean
 from motet.federated.sets import draw_steps, inside, stacked, step_draws, step_rows, window
@@ -49,7 +49,7 @@ from motet.selector.whitening import Whitening
 
 STATISTIC_CONTEXTS = 8
 """Contexts over which a client's posterior is averaged before it is sent; 8 bring the sampling error under 1/3."""
-SOLVED = ("selector.shared", "selector.personal", "selector.scalars", "prototypes")
+SOLVED = ("selector.shared", "selector.personal", "selector.scalars", "selector.personal_scalars", "prototypes")
 """Parameters that the server solves or leaves alone where ``fit`` is ``sums``; local steps move all others."""
 FIGURES = ("choice_loss", "kl", "orthogonal_loss")
 
@@ -102,7 +102,7 @@ class FedVPASettings(PopulationSettings):
             given.get(name) for name in ("extractor", "embedding_conditioning", "same_pair")
         )
         filled = {"fit": "sums" if linear else "steps", **given}
-        sums = filled["fit"] == "sums"
+        sums = filled["fit"] == "sums" and linear
         usual = (5e-3, 0.5, "rewards") if sums else (1e-3, 0.1, "features")
         return {**dict(zip(("learning_rate", "orthogonal_weight", "encoder_sees"), usual, strict=True)), **filled}
 
@@ -156,14 +156,16 @@ class FedVPAState:
     responsibilities: Float[Tensor, "known prototypes"]
     """How likely each client is of each prototype; rows of nought and one where the assignment is hard."""
     pairs: Float[Tensor, " known"]
-    moments: Float[Tensor, "known hidden"]
-    """Sum of each client's pairs, chosen minus rejected."""
-    spread: Float[Tensor, "known 2"]
-    """Of each client's pairs: the sum of squares, and the largest eigenvalue of the sum of outer products."""
-    gradients: Float[Tensor, "known prototypes hidden"]
-    """Of each client's log-likelihood at each prototype's reward, as it was when the client was last visited."""
+    moments: Float[Tensor, "known columns"]
+    """Sum of each client's pairs, chosen minus rejected, and of their scalars."""
+    spread: Float[Tensor, " known"]
+    """Of each client's pairs: the sum of squares."""
+    pulls: Float[Tensor, "known prototypes columns"]
+    """Where each client's pairs pulled each prototype's reward when it was last visited, see ``fit_rewards``."""
     curvature: Float[Tensor, "known prototypes"]
     """Sum over its pairs of the sigmoid's slope, there."""
+    bends: Float[Tensor, "known prototypes"]
+    """The largest eigenvalue of its Hessian, there."""
     ridge: Float[Tensor, ""]
     searched: Int[Tensor, ""]
     """Known clients when fresh groups were last looked for."""
@@ -187,12 +189,13 @@ class FedVPA:
         parameters = start_parameters(s, self.ground.hidden, self.ground.scalars, generator(self.seed, "start"))
         nobody = torch.zeros(0, s.latent)
         nothing = Merged(nobody, nobody, torch.zeros(0), torch.zeros(0, dtype=torch.long))
-        m, hidden = s.prototypes, self.ground.hidden
+        m, width = s.prototypes, self.ground.hidden + self.ground.scalars
         return FedVPAState(
             round=0, parameters=parameters, ids=torch.zeros(0, dtype=torch.long), means=nobody, log_scales=nobody,
             evidence=torch.zeros(0, m), responsibilities=torch.zeros(0, m), pairs=torch.zeros(0),
-            moments=torch.zeros(0, hidden), spread=torch.zeros(0, 2), gradients=torch.zeros(0, m, hidden),
-            curvature=torch.zeros(0, m), ridge=torch.tensor(RIDGE_START), searched=torch.tensor(0),
+            moments=torch.zeros(0, width), spread=torch.zeros(0), pulls=torch.zeros(0, m, width),
+            curvature=torch.zeros(0, m), bends=torch.zeros(0, m),
+            ridge=torch.tensor(RIDGE_START), searched=torch.tensor(0),
             centres=s.prototype_scale * parameters["prototypes"], prior=nothing, last=torch.zeros(len(FIGURES)),
         )  # fmt: skip
 
@@ -227,6 +230,7 @@ class FedVPA:
         round, names = broadcasts[0].round, broadcasts[0].tensors["prior.names"]
         prior = PriorTensors(sent["prior.means"], sent["prior.log_scales"], sent["prior.log_mass"])
         assigned = sent["assigned"]
+        shape = s.model_copy(update={"anchor_weight": 0.0}) if fixed else s  # an anchor would move nothing then
         logits = torch.stack([_recall(memory, names) for memory in memories]).to(device)
         data = padded(clients)
         index, draws = draw_steps(s, clients, round, self.seed, s.local_steps, logits.shape[1])
@@ -241,7 +245,7 @@ class FedVPA:
             assigned: Tensor,
         ) -> tuple[Tensor, Tensor]:
             weights, pull = {**parameters, **fixed}, s.orthogonal_weight
-            return client_loss(weights, own["logits"], rows, step, prior, assigned, s, s.temperature, pull)
+            return client_loss(weights, own["logits"], rows, step, prior, assigned, shape, s.temperature, pull)
 
         def inputs(step: int) -> tuple[Any, ...]:
             rows, drawn = step_rows(data, index[:, step], s.context_pairs), step_draws(draws, step, device)
@@ -266,16 +270,18 @@ class FedVPA:
 
     def _sums(self, received: Parameters, client: ClientData) -> dict[str, Tensor]:
         """What the server finds groups by and solves their rewards from: sums over all pairs of one client."""
-        s, x = self.settings, client.chosen - client.rejected
+        s, x = self.settings, columns(client)
         sent: dict[str, Tensor] = {}
         if "sums" in (s.assignment, s.fit):
             sent["moment"] = x.sum(dim=0)
-            sent["spread"] = torch.stack([x.square().sum(), torch.linalg.matrix_norm(x, 2).square()])
+            sent["spread"] = x.square().sum()
         if s.fit == "sums":
-            margins = x @ prototype_rewards(received, s.prototype_scale).T
-            missed = torch.sigmoid(-margins)
-            sent["gradient"] = missed.T @ x
-            sent["curvature"] = (missed * (1 - missed)).sum(dim=0)
+            rewards = prototype_rewards(received, s.prototype_scale)
+            missed = torch.sigmoid(-x @ rewards.T)
+            slopes = missed * (1 - missed)
+            bends = [torch.linalg.matrix_norm(x * slope.sqrt().unsqueeze(1), 2).square() for slope in slopes.T]
+            sent["bend"], sent["curvature"] = torch.stack(bends), slopes.sum(dim=0)
+            sent["pull"] = missed.T @ x + sent["bend"].unsqueeze(1) * rewards
         return sent
 
     def server_update(self, state: FedVPAState, replies: Sequence[Reply]) -> FedVPAState:
@@ -312,8 +318,9 @@ class FedVPA:
             pairs=remember(state.pairs, *(torch.tensor(reply.weight) for reply in replies)),
             moments=remember(state.moments, *sent("moment")),
             spread=remember(state.spread, *sent("spread")),
-            gradients=remember(state.gradients, *sent("gradient")),
+            pulls=remember(state.pulls, *sent("pull")),
             curvature=remember(state.curvature, *sent("curvature")),
+            bends=remember(state.bends, *sent("bend")),
             last=torch.stack(sent("figures")).mean(dim=0),
         )
         known = self._grouped(known)
@@ -354,13 +361,14 @@ class FedVPA:
     def _solved(self, state: FedVPAState) -> FedVPAState:
         """The selector's weights after one step on all that is remembered, and the ridge that they ask for."""
         s, shares = self.settings, state.responsibilities
-        rewards = prototype_rewards(state.parameters, s.prototype_scale)
-        rewards = fit_rewards(rewards, shares, state.gradients, state.spread[:, 1], float(state.ridge))
+        rewards = fit_rewards(shares, state.pulls, state.bends, float(state.ridge))
         curvature = (shares * state.curvature).sum(dim=0)
         ridge = choose_ridge(rewards, curvature, _variance(state), float(state.ridge))
         shared = rewards.mean(dim=0)
         personal = (rewards - shared).T @ state.parameters["prototypes"] / s.prototype_scale
-        weights = {"selector.shared": shared, "selector.personal": personal}
+        h = self.ground.hidden  # the columns of a pair: its features, then its scalars
+        weights = {"selector.shared": shared[:h], "selector.personal": personal[:h]}
+        weights |= {"selector.scalars": shared[h:], "selector.personal_scalars": personal[h:]}
         return replace(state, parameters={**state.parameters, **weights}, ridge=torch.tensor(ridge))
 
     def visits(self, state: FedVPAState, sites: Sequence[int], cohort: Sequence[int]) -> Sequence[Sequence[int]]:
@@ -457,22 +465,22 @@ class FedVPA:
         return (F.softplus(-margin(parameters, s, tastes, first, second, scalars)) * mask).sum(dim=-1)
 
 
-def prototype_rewards(parameters: Parameters, scale: float) -> Float[Tensor, "prototypes hidden"]:
-    """The linear reward that each prototype's taste stands for, under the bilinear head: w0 + W z."""
-    rewards: Tensor = (
-        parameters["selector.shared"] + scale * parameters["prototypes"] @ parameters["selector.personal"].T
-    )
+def prototype_rewards(parameters: Parameters, scale: float) -> Float[Tensor, "prototypes columns"]:
+    """The weights of a pair's columns (features, then scalars) under each prototype's taste: w0 + W z."""
+    shared = torch.cat([parameters["selector.shared"], parameters["selector.scalars"]])
+    personal = torch.cat([parameters["selector.personal"], parameters["selector.personal_scalars"]])
+    rewards: Tensor = shared + scale * parameters["prototypes"] @ personal.T
     return rewards
 
 
 def _variance(state: FedVPAState) -> float:
     """Mean square of one column over all known pairs."""
-    return float(state.spread[:, 0].sum() / (state.pairs.sum() * state.moments.shape[1]).clamp(min=1))
+    return float(state.spread.sum() / (state.pairs.sum() * state.moments.shape[1]).clamp(min=1))
 
 
 _KEPT = (
-    "ids", "means", "log_scales", "evidence", "responsibilities", "pairs", "moments", "spread", "gradients",
-    "curvature", "ridge", "searched", "centres", "last",
+    "ids", "means", "log_scales", "evidence", "responsibilities", "pairs", "moments", "spread", "pulls",
+    "curvature", "bends", "ridge", "searched", "centres", "last",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class OracleSettings(Section):
 
     ridge: float = Field(300.0, gt=0)
     """Half of it, times the squared norm of a reward, is added to the loss, a sum over the group's pairs, in nats. 300
-    is best on average over clean and noisy data (``docs/methods.md``); 30 gains half a point where there is no noise."""
+    is best on average over clean and noisy data (``docs/methods.md``); 30 gains half a point without noise."""
 
 
 class Oracle:

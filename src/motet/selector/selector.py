@@ -160,6 +160,8 @@ def start_parameters(
         weight = torch.randn(hidden, latent, generator=generator) * 0.001  # the authors' N(0, 0.001^2)
         parameters |= {"selector.embedding.weight": weight, "selector.embedding.bias": torch.zeros(hidden)}
     parameters["selector.scalars"] = torch.zeros(scalars)
+    if settings.head == "bilinear":
+        parameters["selector.personal_scalars"] = torch.zeros(scalars, latent)
     if isinstance(settings, PopulationSettings):
         parameters["prototypes"] = start_prototypes(settings.prototypes, latent, generator)
     return parameters
@@ -230,7 +232,10 @@ def margin(
             averages both orders, in which everything that f(z) can say cancels.
     """
     log_odds = reward(parameters, settings, taste, first) - reward(parameters, settings, taste, second)
-    log_odds = log_odds + scalars @ parameters["selector.scalars"]
+    weights = parameters["selector.scalars"]
+    if settings.head == "bilinear":
+        weights = weights + taste @ parameters["selector.personal_scalars"].T
+    log_odds = log_odds + (scalars * weights).sum(dim=-1)
     if settings.head == "additive" and slot is not None:
         logits = mlp(parameters, "selector.additive", 3, taste)
         log_odds = log_odds + slot * (logits[..., 0] - logits[..., 1])
