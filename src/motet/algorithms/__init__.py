@@ -60,8 +60,8 @@ ALGORITHMS: Mapping[str, Method] = {
     ),
     "feddpo": Method(
         FedDPO, FedDPOSettings, "FedDPO",
-        "Rafailov et al. 2023, Direct preference optimization: your language model is secretly a reward model, NeurIPS, "
-        "arXiv 2305.18290; under federated averaging as in arXiv 2605.30873",
+        "Rafailov et al. 2023, Direct preference optimization: your language model is secretly a reward model, "
+        "NeurIPS, arXiv 2305.18290; under federated averaging as in arXiv 2605.30873",
         wants=frozenset({"texts", "base"}), paper=DPO_PAPER,
     ),
     "shared": Method(
