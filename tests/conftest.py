@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import pytest
@@ -17,6 +18,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_ridge() -> Iterator[None]:
+    """The controls of a run are fitted once, not at each ridge and fold; ``test_evaluation.py`` tests the choice."""
+    from motet.evaluation.controls import linear_reward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("motet.evaluation.table.linear_reward", partial(linear_reward, ridges=(100.0,)))
+        yield
 
 
 class Planted(NamedTuple):

@@ -89,7 +89,7 @@ def test_every_command_has_help_with_an_example(motet: Motet, command: str) -> N
 def test_no_word_at_all_is_help(motet: Motet) -> None:
     answer = motet()
     assert all(command in answer.out + answer.err for command in COMMANDS)
-    assert COMMANDS == ["bench", "choose", "demo", "papers", "report", "run"]
+    assert COMMANDS == ["bench", "choose", "compare", "demo", "papers", "report", "run", "sweep"]
 
 
 # --- mistakes

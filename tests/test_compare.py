@@ -365,7 +365,10 @@ def test_a_stopped_comparison_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     ("file", "said"),
-    [("checkpoint.safetensors", "the checkpoint in"), ("summary.json", "its summary.json cannot be read")],
+    [
+        pytest.param("checkpoint.safetensors", "the checkpoint in", marks=pytest.mark.slow),
+        ("summary.json", "its summary.json cannot be read"),
+    ],
 )
 def test_a_broken_cell_is_run_anew_and_a_line_says_so(done: Compared, tmp_path: Path, file: str, said: str) -> None:
     whole = cell_of(done.folder, "fedvpl", 0)
@@ -389,10 +392,10 @@ def test_a_cell_that_fails_is_named_and_the_others_stay(
 
     real = motet.cells.run
 
-    def run(asked: Any, *rest: Any) -> Any:
+    def run(asked: Any, *rest: Any, **named: Any) -> Any:
         if asked.method == "fedvpl":
             raise RunError("round 2: training ran away")
-        return real(asked, *rest)
+        return real(asked, *rest, **named)
 
     monkeypatch.setattr("motet.cells.run", run)
     whole = cell_of(done.folder, "fedvpa", 0)

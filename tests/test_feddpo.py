@@ -19,6 +19,9 @@ from motet.errors import ConfigError, DataError, MessageError
 from motet.evaluation.people import HeldOut, Judged, Predictor
 from motet.federated.contract import Algorithm, Ground
 from motet.records import ClientData, Pair, Reply, generator
+from motet.selector.backbone import BackboneSettings
+from motet.selector.trained import About
+from motet.selector.whitening import Whitening
 from test_trainers import write_language_model
 
 QUICK = {"local_steps": 2, "batch_pairs": 2, "lora_rank": 2}
@@ -182,8 +185,9 @@ def test_a_person_is_judged_once_per_test_and_the_same_under_every_context(model
 def test_what_is_exported_is_an_adapter(model: str, tmp_path: Path) -> None:
     algorithm = made(model)
     state = algorithm.start(1)
+    about = About(BackboneSettings(model=model), "toy-1", Whitening.none(1, 1), (), {"method": "feddpo"})
     for _ in range(2):
-        algorithm.export(state, tmp_path, about())
+        algorithm.export(state, tmp_path, about)
         assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
             "adapter_config.json", "adapter_model.safetensors"
         ]  # fmt: skip
@@ -245,6 +249,7 @@ def test_what_everybody_prefers_is_learnt_and_carries_over_to_pairs_never_seen(m
     assert accuracy(algorithm, state, tea(40, 99, mirrored=True)) < 0.1
 
 
+@pytest.mark.slow
 def test_what_half_of_them_prefer_is_averaged_away(model: str) -> None:
     algorithm = made(model, **LEARN)
     clients = [client(i, tea(16, 0, mirrored=i == 1)) for i in range(2)]

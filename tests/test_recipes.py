@@ -285,7 +285,9 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "hh-strict")) for name in COUNTS]
+)
 def test_counts_on_the_real_data(name: str, shared: Path) -> None:
     folder, axes, public = COUNTS[name]
     clients = 100 if name == "hh-strict" else 20  # the counts of an axis do not depend on it

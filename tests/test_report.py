@@ -242,6 +242,7 @@ def test_the_page_asks_nothing_of_a_network(finished: Path) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
+@pytest.mark.slow
 def test_the_same_folder_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     again = run_folder(tmp_path / "elsewhere")
     assert write_report(again).read_bytes() == (finished / "report.html").read_bytes()

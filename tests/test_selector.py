@@ -71,7 +71,12 @@ def test_the_margin_is_the_difference_of_rewards_and_what_the_model_says(head: s
     assert torch.equal(margin(parameters, s, taste, first, second, torch.zeros(9, SCALARS)), difference)
     scalars = torch.randn(9, SCALARS)
     whole = margin(parameters, s, taste, first, second, scalars)
-    torch.testing.assert_close(whole, difference + scalars @ parameters["selector.scalars"])
+    weights = parameters["selector.scalars"]
+    if head == "bilinear":  # one may like what the model finds likely, and another may not
+        weights = weights + parameters["selector.personal_scalars"] @ taste
+    else:
+        assert "selector.personal_scalars" not in parameters
+    torch.testing.assert_close(whole, difference + scalars @ weights)
 
 
 def test_the_additive_head_is_blind_to_content() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from motet.errors import ConfigError, RunError
 from motet.records import generator
 from motet.selector.backbone import BackboneSettings
-from motet.selector.selector import SelectorSettings, PriorTensors, start_parameters
+from motet.selector.selector import PriorTensors, SelectorSettings, start_parameters
 from motet.selector.trained import CONFIG, TENSORS, Selector, load_selector, save_selector
 from motet.selector.whitening import Whitening
 from toy_run import toy_run

@@ -112,7 +112,7 @@ def test_each_round_is_logged_with_the_bytes_that_travelled(tmp_path: Path) -> N
         assert line["cohort"] == sorted(sent) == [reply.client_id for reply in received]
         assert line["bytes_down"] == sum(len(packet.serialised()) for packet in sent.values())
         assert line["bytes_up"] == sum(len(reply.serialised()) for reply in received)
-        assert set(line["figures"]) == {"choice_loss", "kl", "orthogonal_loss"}
+        assert set(line["figures"]) == {"choice_loss", "kl", "orthogonal_loss", "ridge"}
         known = {client for earlier in lines[: line["round"]] for client in earlier["cohort"]}
         assert {int(client) for client in line["assignment"]} == known
         assert line.get("accuracy") == ({"a": 0.5} if line["round"] == 4 else None)
@@ -144,7 +144,15 @@ def stop_in_watch(at: int) -> Callable[[Progress[Any]], None]:
     return watch
 
 
-@pytest.mark.parametrize(("at", "place"), [(1, "before asking"), (4, "after asking"), (4, "watching"), (6, "watching")])
+@pytest.mark.parametrize(
+    ("at", "place"),
+    [
+        pytest.param(1, "before asking", marks=pytest.mark.slow),
+        (4, "after asking"),
+        pytest.param(4, "watching", marks=pytest.mark.slow),
+        (6, "watching"),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, whole: Any, at: int, place: str) -> None:
     watch = stop_in_watch(at) if place == "watching" else None
     engine = None if watch else Stopping(at, place == "after asking")
@@ -187,7 +195,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Any) -> No
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
-@pytest.mark.parametrize("tail", ['{"round": 3, "coh', "3", '{"round": 5}\n{"round": 6}\n'])
+@pytest.mark.parametrize(
+    "tail", ['{"round": 3, "coh', pytest.param("3", marks=pytest.mark.slow), '{"round": 5}\n{"round": 6}\n']
+)
 def test_lines_after_the_checkpoint_are_cut_off_whole_or_not(tmp_path: Path, whole: Any, tail: str) -> None:
     go(tmp_path, rounds=2)
     with (tmp_path / ROUNDS).open("a") as file:

@@ -427,8 +427,6 @@ class _Console:
     def dealt(self, deal: "Deal") -> None:
         from motet.data.partition import print_deal
 
-        for sentence in deal.said:
-            self.said(sentence)
         print_deal(deal, self.console)
 
     def features(self, done: int, total: int) -> None:
