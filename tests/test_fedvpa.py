@@ -360,7 +360,7 @@ def test_same_seed_same_bits(people: Any, table: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "table", [QUICK, QUICK | {"prior_components": 3}, SUMS, PAPER_SMALL], ids=["steps", "merged", "sums", "paper"]
 )
-@pytest.mark.parametrize("rounds", [0, 1, 2])
+@pytest.mark.parametrize("rounds", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_state_survives_saving_and_goes_on_with_the_same_bits(
     people: Any, table: dict[str, Any], rounds: int
 ) -> None:

@@ -239,7 +239,7 @@ def test_fewer_than_ten_people_count_as_one_group() -> None:
     assert len(count_groups(people.moments, people.counts, people.variance)[1]) == 6
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("groups", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_clear_groups_are_counted(groups: int) -> None:
     people = planted((12,) * groups, pairs=48, hidden=12, flipped=0.05)
     count, evidence = count_groups(people.moments, people.counts, people.variance)

@@ -125,7 +125,10 @@ def test_free_sizes_give_each_its_cheapest(kind: str) -> None:
     assert price(costs, assign(costs, 0.0)) == price(costs, costs.argmin(dim=1))
 
 
-@pytest.mark.parametrize("balance", [0.2, 0.5, 0.8, 0.95])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("balance", [0.2, pytest.param(0.5, marks=SLOW), pytest.param(0.8, marks=SLOW), 0.95])
 @pytest.mark.parametrize("kind", KINDS)
 def test_between_free_and_equal_the_sum_is_least_within_bounds(balance: float, kind: str) -> None:
     for clients, groups in ((2, 3), (5, 2), (6, 3), (7, 3), (8, 2)):
