@@ -142,7 +142,7 @@ def test_a_folder_without_a_selector_is_refused(tmp_path: Path, name: str) -> No
         load_selector(tmp_path)
     assert str(error.value) == (
         f"there is no trained selector in {str(tmp_path)!r}: selector.safetensors and config.json must be there; "
-        "give the folder of a finished motet run"
+        "give the folder of a finished motet run of fedvpa or fedvpl"
     )
     shutil.rmtree(tmp_path)
     with pytest.raises(RunError, match="there is no trained selector in"):

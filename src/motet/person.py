@@ -102,17 +102,24 @@ def predict(folder: Path, context: Path, pairs: Path, cache: Path | None = None)
     mean, log_scale = chooser.taste(known)
     names = _unique(chooser.selector.axes_names)
     tastes = chooser.selector.prototypes
-    share = torch.zeros(len(names)).index_add_(
-        0, torch.cdist(chooser.selector.prior.means, tastes).argmin(dim=1), chooser.responsibilities(known)
-    )
-    near = torch.linalg.vector_norm(tastes - mean, dim=1)
-    amortised, bayes = chooser.probability(mean, asked), chooser.probability_by_bayes(known, asked)
-    said = [
-        f"taste inferred from {len(known)} choices; nearest prototype: {names[int(near.argmin())]}; "
-        f"by Bayes {share.max():.0%} {names[int(share.argmax())]}"
-    ]
-    if share.max() < UNSURE:
-        said.append("these choices fit several kinds of people; give more of them before relying on the predictions")
+    amortised = chooser.probability(mean, asked)
+    if len(tastes):
+        share = torch.zeros(len(names)).index_add_(
+            0, torch.cdist(chooser.selector.prior.means, tastes).argmin(dim=1), chooser.responsibilities(known)
+        )
+        near = torch.linalg.vector_norm(tastes - mean, dim=1)
+        bayes: Tensor | None = chooser.probability_by_bayes(known, asked)
+        said = [
+            f"taste inferred from {len(known)} choices; nearest prototype: {names[int(near.argmin())]}; "
+            f"by Bayes {share.max():.0%} {names[int(share.argmax())]}"
+        ]
+        if share.max() < UNSURE:
+            said.append(
+                "these choices fit several kinds of people; give more of them before relying on the predictions"
+            )
+    else:
+        names, share, near, bayes = [], torch.zeros(0), torch.zeros(0), None
+        said = [f"taste inferred from {len(known)} choices; this method knows no prototypes, so nothing by Bayes"]
     if shared:
         said.append(f"{len(shared)} prompts stand in both files; predictions on them are not a test")
     return {
@@ -122,8 +129,8 @@ def predict(folder: Path, context: Path, pairs: Path, cache: Path | None = None)
         "share_of_prototypes": dict(zip(names, share.tolist(), strict=True)),
         "pairs": [
             {"prompt": pair.prompt[-1].content, "first": pair.chosen, "second": pair.rejected,
-             "probability_first": float(a), "probability_first_bayes": float(b)}
-            for pair, a, b in zip(asked, amortised, bayes, strict=True)
+             "probability_first": float(a), "probability_first_bayes": None if bayes is None else float(bayes[row])}
+            for row, (pair, a) in enumerate(zip(asked, amortised, strict=True))
         ],
         "said": said,
     }  # fmt: skip
@@ -164,7 +171,8 @@ def prediction_table(predicted: Mapping[str, Any]) -> Table:
     table = Table("prompt", "first answer", "second answer", "P(first)", "by Bayes")
     for row in predicted["pairs"]:
         shown = [_short(row[name]) for name in ("prompt", "first", "second")]
-        table.add_row(*shown, f"{row['probability_first']:.1%}", f"{row['probability_first_bayes']:.1%}")
+        bayes = row["probability_first_bayes"]
+        table.add_row(*shown, f"{row['probability_first']:.1%}", "–" if bayes is None else f"{bayes:.1%}")
     return table
 
 

@@ -155,7 +155,7 @@ def load_selector(folder: Path) -> tuple[Selector, BackboneSettings, str]:
     if not (folder / TENSORS).exists() or not (folder / CONFIG).exists():
         raise RunError(
             f"there is no trained selector in {str(folder)!r}: {TENSORS} and {CONFIG} must be there; "
-            "give the folder of a finished motet run"
+            "give the folder of a finished motet run of fedvpa or fedvpl"
         )
     try:
         config: Mapping[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
