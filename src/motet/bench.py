@@ -183,8 +183,12 @@ def feddpo_round(cache: Path) -> dict[str, Any]:
         trainer.client_update([packet], held[:1], [{}])
         steps.append((time.perf_counter() - started) / 2)
     texts: dict[tuple[Any, str], None] = {}
-    for person in prepared.deal.people:
-        for pair in (*person.train, *person.test):
+    for pairs in (
+        prepared.deal.public,
+        *(p.train for p in prepared.deal.people),
+        *(p.test for p in prepared.deal.people),
+    ):
+        for pair in pairs:
             texts |= {(pair.prompt, pair.chosen): None, (pair.prompt, pair.rejected): None}
     items: list[Item] = list(texts)[:64]
     backbone = open_backbone(asked.backbone, cache)

@@ -76,6 +76,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "backbone": {"embedding_pooling": "last", "depth": 1.0, "choice_log_odds": True},
         "features": {"whitening": 0},
         "run": {"rounds": 50},
+        "evaluation": {"inference": "amortised"},  # inference by Bayes is ours
     },
 }
 """What each preset sets beside the method's own ``[algorithm]``."""

@@ -139,7 +139,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "Bayes over posteriors": {"bayes_over": "posteriors"},
     "without Bayes": {"inference": "amortised"},
 }
-"""Settings that switch off one part each; ``motet sweep --ablation`` compares them."""
+"""Settings that switch off one part each; ``motet sweep --ablation`` compares them. ``fit`` steps comes with
+the defaults of local steps (learning rate, orthogonal weight, encoder), as they do not go without."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ In:  clients with a few embedded pairs each.
 Out: one selector for everybody, whose encoder infers a person's taste from its pairs.
 
 Variational preference learning (VPL, arXiv 2408.10075) under federated averaging: the baseline of FedVPA-GP (arXiv
-2605.30873). Selector, sets, steps, optimiser and averaging are those of ``fedvpa``; the prior is N(0, I) in closed
-form, nothing of a client but its parameters is sent, and nothing else differs. It knows of no population, so there is
-no inference by Bayes.
+2605.30873). Selector, sets, steps, optimiser and averaging are those of ``fedvpa`` with ``fit`` steps; the prior is
+N(0, I) in closed form, nothing of a client but its parameters is sent, and nothing else differs. It knows of no
+population, so there is no inference by Bayes, and no sums to solve its rewards from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class FedVPL:
         self.settings, self.ground, self.combine = settings, ground, combine
 
     def start(self, clients: int) -> FedVPLState:
-        """Fresh parameters, the same as those of ``fedvpa``."""
+        """Fresh parameters, the same as those of ``fedvpa`` with ``fit`` steps."""
         g = self.ground
         parameters = start_parameters(self.settings, g.hidden, g.scalars, generator(g.seed, "start"))
         return FedVPLState(0, parameters, torch.zeros(len(FIGURES)))

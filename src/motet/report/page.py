@@ -11,6 +11,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from motet.algorithms import ALGORITHMS
 from motet.report.accuracies import calibration, few_shot, per_person
 from motet.report.canvas import variable
 from motet.report.colours import colours
@@ -22,7 +23,6 @@ from motet.report.tastes import assignment_map, latent_map
 from motet.report.training import curves, traffic
 from motet.report.verdict import byte_size, figure, percent, verdict, what_was_run
 
-CITATION = "Koo, Kim, Jang, Ok: FedVPA-GP. International Conference on Machine Learning (ICML), 2026. arXiv:2605.30873."
 MARKS = {
     "dot": '<circle cx="10" cy="6" r="4.5" style="fill: {}"/>',
     "ring": '<circle cx="10" cy="6" r="4" fill="none" style="stroke: {}" stroke-width="1.5"/>',
@@ -96,7 +96,8 @@ def _missing(run: Run) -> list[str]:
         ("rounds.jsonl", "curves, assignment and traffic", run.rounds),
         ("deal.json", "the deal", run.deal),
         ("evaluation.json", "results, accuracy from few pairs and per person, calibration", run.evaluation),
-        ("posteriors.safetensors", "the map of tastes", run.posteriors is not None),
+        # a method without a latent taste has none to write, and says so in its summary
+        ("posteriors.safetensors", "the map of tastes", run.posteriors is not None or _tasteless(run)),
         ("summary.json", "the verdict and the bytes of a single client", run.summary),
     ]
     absent = [(name, what) for name, what, there in lacks if not there]
@@ -104,6 +105,10 @@ def _missing(run: Run) -> list[str]:
         return []
     names, whats = (_listed(part) for part in zip(*absent, strict=True))
     return [f"The run is not finished: it has no {names} yet. Left out: {whats}."]
+
+
+def _tasteless(run: Run) -> bool:
+    return bool(run.summary) and run.summary.get("posterior_bytes") is None
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -204,8 +209,9 @@ def _repeat(run: Run) -> str:
     recipe, seed = run.summary.get("recipe"), run.summary.get("seed")
     what = f"the recipe {recipe}" if recipe else "the data that it names"
     seeded = "" if seed is None else f" and seed {seed}"
+    citation = ALGORITHMS[str(run.summary.get("method") or run.settings.get("method") or "fedvpa")].citation
     return (
-        f"<p>{escape(CITATION)}</p>"
+        f"<p>{escape(citation)}</p>"
         f"<p>From this folder, with {escape(what)}{escape(seeded)}:</p>"
         "<pre><code>motet run --config config.toml --out repeated</code></pre>"
         '<p class="note">The same settings, version and machine give the same figures; times differ.</p>'

@@ -69,18 +69,22 @@ def verdict(run: Run) -> str:
     shared, oracle = number(summary.get("shared_accuracy")), number(summary.get("oracle_accuracy"))
     unseen, length = number(summary.get("accuracy_unseen")), _length(summary)
     low, high = _interval(run, accuracy)
-    sentence = f"With a personal taste, accuracy is {percent(accuracy)}"
+    known = summary.get("posterior_bytes") is not None
+    who = "A personal taste" if known else f"The method {summary.get('method')}"
+    sentence = (
+        f"With a personal taste, accuracy is {percent(accuracy)}" if known else f"{who} reaches {percent(accuracy)}"
+    )
     if shared is not None and accuracy - shared >= NOTICEABLE and low > shared:
-        sentence = f"A personal taste lifts accuracy from {percent(shared)} (one shared reward) to {percent(accuracy)}"
+        sentence = f"{who} lifts accuracy from {percent(shared)} (one shared reward) to {percent(accuracy)}"
         gap = number(summary.get("gap_closed"))
         if gap is not None and oracle is not None and oracle - shared >= NOTICEABLE:
             way = "all the way" if gap >= 0.995 else f"{percent(gap, 0)} of the way"
             sentence += f", {way} to the oracle"
     elif shared is not None and shared - accuracy >= NOTICEABLE and high < shared:
-        sentence = f"A personal taste does harm here: {percent(accuracy)}, against {percent(shared)} of a shared reward"
+        sentence = f"{who} does harm here: {percent(accuracy)}, against {percent(shared)} of a shared reward"
     elif shared is not None:
         sentence = (
-            f"A personal taste brings nothing that can be told from chance: {percent(accuracy)}, "
+            f"{who} brings nothing that can be told from chance: {percent(accuracy)}, "
             f"against {percent(shared)} of one shared reward"
         )
     sentence += "." if unseen is None else f"; people never seen reach {percent(unseen)}."
