@@ -212,6 +212,7 @@ def test_a_run_is_made_reported_prolonged_and_asked(motet: Motet, tmp_path: Path
     assert len(json.loads(answer.out)["pairs"]) == 2
 
 
+@pytest.mark.slow
 def test_a_report_is_written_anew(motet: Motet, mine: Path) -> None:
     before = (mine / "report.html").read_bytes()
     (mine / "report.html").unlink()

@@ -508,6 +508,7 @@ def test_seeds_are_ranges_or_lists() -> None:
 # the command, and the page
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table(
     done: Compared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

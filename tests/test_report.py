@@ -263,7 +263,7 @@ def test_the_page_holds_the_figures_of_the_run(finished: Path) -> None:
         "<td>256 B</td><td>256</td>",
         "one shared reward, 50.0 %",
         "read 480 pairs of 240 prompts",
-        "arXiv:2605.30873",
+        "arXiv 2605.30873",
         "motet run --config config.toml --out",
         "<th scope=row>kl_weight</th><td>0.001</td>",
     ):

@@ -108,7 +108,7 @@ def _missing(run: Run) -> list[str]:
 
 
 def _tasteless(run: Run) -> bool:
-    return bool(run.summary) and run.summary.get("posterior_bytes") is None
+    return bool(run.summary) and run.summary.get("posterior_bytes", 0) is None
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -209,7 +209,8 @@ def _repeat(run: Run) -> str:
     recipe, seed = run.summary.get("recipe"), run.summary.get("seed")
     what = f"the recipe {recipe}" if recipe else "the data that it names"
     seeded = "" if seed is None else f" and seed {seed}"
-    citation = ALGORITHMS[str(run.summary.get("method") or run.settings.get("method") or "fedvpa")].citation
+    method = ALGORITHMS.get(str(run.summary.get("method") or run.settings.get("method")))
+    citation = method.citation if method else "The method of this folder is not known to this version."
     return (
         f"<p>{escape(citation)}</p>"
         f"<p>From this folder, with {escape(what)}{escape(seeded)}:</p>"

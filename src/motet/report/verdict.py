@@ -69,7 +69,7 @@ def verdict(run: Run) -> str:
     shared, oracle = number(summary.get("shared_accuracy")), number(summary.get("oracle_accuracy"))
     unseen, length = number(summary.get("accuracy_unseen")), _length(summary)
     low, high = _interval(run, accuracy)
-    known = summary.get("posterior_bytes") is not None
+    known = summary.get("posterior_bytes", 0) is not None
     who = "A personal taste" if known else f"The method {summary.get('method')}"
     sentence = (
         f"With a personal taste, accuracy is {percent(accuracy)}" if known else f"{who} reaches {percent(accuracy)}"
