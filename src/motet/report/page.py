@@ -209,7 +209,8 @@ def _repeat(run: Run) -> str:
     recipe, seed = run.summary.get("recipe"), run.summary.get("seed")
     what = f"the recipe {recipe}" if recipe else "the data that it names"
     seeded = "" if seed is None else f" and seed {seed}"
-    method = ALGORITHMS.get(str(run.summary.get("method") or run.settings.get("method")))
+    said = run.summary.get("method") or run.settings.get("method")
+    method = next((entry for name, entry in ALGORITHMS.items() if said in (name, entry.title)), None)
     citation = method.citation if method else "The method of this folder is not known to this version."
     return (
         f"<p>{escape(citation)}</p>"
