@@ -111,6 +111,7 @@ def test_it_is_an_algorithm_and_it_predicts(model: str) -> None:
     assert algorithm.figures(state) == {"loss": 0.0, "margin": 0.0, "accuracy": 0.0}
 
 
+@pytest.mark.slow
 def test_a_batch_equals_batches_of_one_and_the_old_state_is_left_alone(model: str) -> None:
     algorithm = made(model)
     old = drive(algorithm, few()[:1], 1)
@@ -127,6 +128,7 @@ def test_a_batch_equals_batches_of_one_and_the_old_state_is_left_alone(model: st
     assert same_bits(packed, algorithm.pack(old))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_state_and_another_seed_another(model: str) -> None:
     one, again, other = (made(model, seed) for seed in (0, 0, 1))
     states = [a.pack(drive(a, few()[:1], 2)) for a in (one, again, other)]

@@ -99,6 +99,7 @@ def test_heat_maps_show_every_figure_in_its_box(swept: Swept) -> None:
     assert heat_map(nothing, "gap_closed") is None
 
 
+@pytest.mark.slow
 def test_an_ablation_sets_each_variant_against_the_full_method(swept: Swept) -> None:
     words = {**swept.words, "clients": 4}
     content = ablate("voices", swept.folder, (0,), (0.0,), words, cache=swept.cache, parts=PARTS)

@@ -268,6 +268,7 @@ def test_the_reference_is_what_the_settings_say(base: OpenBase, adapter: dict[st
 # --- 3, 4: many rounds on one model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["base", "round"])
 def test_the_base_comes_out_of_many_rounds_as_it_went_in(
     base: OpenBase, adapter: dict[str, Tensor], reference: str
