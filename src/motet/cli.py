@@ -57,6 +57,20 @@ OutOption = Annotated[Path, typer.Option("--out", help="Run folder; it is made, 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, everything else on the other.")
 ]
+RecipeArgument = Annotated[
+    str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
+]
+DataOption = Annotated[str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="default or paper.")]
+MethodsOption = Annotated[
+    str | None, typer.Option("--methods", help="Names with commas; default: all that train no language model.")
+]
+WordsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of all methods that know it, or METHOD.NAME=VALUE of one; repeatable."),
+]
+JobsOption = Annotated[int | None, typer.Option("--jobs", help="Worker processes; default: one a core.")]
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="Feature cache (default: $MOTET_CACHE or ~/.cache/motet).")
 ]
@@ -145,21 +159,15 @@ def demo(
 
 @app.command(name="run")
 def run_command(
-    recipe: Annotated[
-        str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
-    ] = None,
+    recipe: RecipeArgument = None,
     method: Annotated[str | None, typer.Option("--method", help="The algorithm (default: fedvpa).")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder (default: runs/RECIPE-METHOD-SEED).")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")
-    ] = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
     words: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, e.g. --set clients=40; repeatable.")
     ] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
+    preset: PresetOption = None,
     labels: Annotated[str | None, typer.Option("--labels", help="true, or coin-flip: a leak test.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides the deal and everything that is drawn.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
@@ -202,28 +210,17 @@ def run_command(
 
 @app.command()
 def compare(
-    recipe: Annotated[
-        str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
-    ] = None,
+    recipe: RecipeArgument = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the comparison; one that is there goes on.")
     ] = None,
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="Names with commas; default: all that train no language model.")
-    ] = None,
+    methods: MethodsOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="One run a method and seed: 0-4, or 0,3,7.")] = "0-4",
-    data: Annotated[
-        str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")
-    ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting of all methods that know it, or METHOD.NAME=VALUE of one; repeatable."),
-    ] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", help="Worker processes; default: one a core.")] = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    words: WordsOption = None,
+    preset: PresetOption = None,
+    jobs: JobsOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -247,13 +244,9 @@ def compare(
 
 @app.command()
 def sweep(
-    recipe: Annotated[
-        str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
-    ] = None,
+    recipe: RecipeArgument = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep; one that is there goes on.")] = None,
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="Names with commas; default: all that train no language model.")
-    ] = None,
+    methods: MethodsOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="One run a method, point and seed: 0-4, or 0,3,7.")] = "0-4",
     noise: Annotated[
         str | None, typer.Option("--noise", help="Shares of flipped labels; default: 0,0.1,0.2,0.3; ablation: 0,0.3.")
@@ -267,18 +260,11 @@ def sweep(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="In place of the grid: fedvpa without each of its parts.")
     ] = False,
-    data: Annotated[
-        str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")
-    ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A setting of all methods that know it, or METHOD.NAME=VALUE of one; repeatable."),
-    ] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="default or paper.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", help="Worker processes; default: one a core.")] = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    words: WordsOption = None,
+    preset: PresetOption = None,
+    jobs: JobsOption = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:

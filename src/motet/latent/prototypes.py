@@ -53,7 +53,8 @@ def orthogonal_loss(
     Args:
         taste: Draws of z.
         prototypes: P, orthonormal in the ideal.
-        assigned: One-hot y; all zeros switches the pull off for a client that has no prototype yet.
+        assigned: Shares of the prototypes, one-hot where the assignment is hard; all zeros switches the pull off for a
+            client that has no prototype yet.
         scale: Distance of a prototype's taste from the origin (paper: 5).
         gamma: Weight of the orthonormality term (paper: 0.1).
     """
