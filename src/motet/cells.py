@@ -46,7 +46,7 @@ from motet.selector.features import text_key
 CELL = "cell.json"
 UNTOLD = ("checkpoint_every", "evaluate_every", "batch_clients")
 """Settings of a run that change no figure."""
-ABOVE = ("report", "cells.py", "compare.py", "sweep.py", "bench.py", "person.py", "papers.py", "cli.py")
+ABOVE = ("report", "cells.py", "compare.py", "sweep.py", "bench.py", "person.py", "papers.py", "cli")
 """Code that changes no figure of a run."""
 
 
