@@ -1,15 +1,18 @@
 """Laws of dealing: no prompt straddles, shares are equal, noise is counted, a coin leaves nothing of the choice."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 from io import StringIO
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from motet.data.partition import Deal, check_deal, deal, deal_table, print_deal, split_counts, split_groups
+from motet.data.recipes import DataSettings, load_recipe
 from motet.errors import ConfigError, DataError
 from motet.records import Pair, Turn, prompt_group
 
@@ -400,3 +403,123 @@ def test_too_few_pairs_to_mix_in_is_said() -> None:
         DataError, match=r"axis 'few' has \d+ training pairs that person 0 could hold .* lower mixed_share"
     ):
         made(by_axis, clients=2, unseen_clients=0, mixed_share=0.3)
+
+
+# a reserve for a judge
+
+
+def reserve_of(dealt: Deal) -> list[Pair]:
+    return list(chain.from_iterable(dealt.reserve.values()))
+
+
+@EVERY
+@pytest.mark.parametrize("numbers", [{}, {"test_pairs": 20, "public_pairs": 8}])
+@pytest.mark.parametrize("labels", ["true", "coin-flip"])
+def test_nothing_of_the_reserve_reaches_anybody(partition: str, numbers: dict[str, int], labels: str) -> None:
+    options = {"partition": partition, "labels": labels, "judge_share": 0.3, **numbers}
+    dealt = made(owned(16) if partition == "client" else None, **options)
+    kept = reserve_of(dealt)
+    assert kept
+    for others in (train_of(dealt), held_out(dealt), list(dealt.public)):
+        assert others
+        assert not prompts(kept) & prompts(others)
+        assert not set(map(texts, kept)) & set(map(texts, others))
+    assert all(one.axis == axis for axis, held in dealt.reserve.items() for one in held)
+    assert dealt == made(owned(16) if partition == "client" else None, **options)
+    assert dealt.reserve != made(owned(16) if partition == "client" else None, **options, seed=1).reserve
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.33, 0.5, 0.8])
+def test_the_reserve_is_a_share_of_all_prompts_and_the_rest_is_split_as_before(share: float) -> None:
+    by_axis = {"one": pairs(60, 2), "two": pairs(60, 2, start=40)}  # 20 prompts in both
+    dealt = made(by_axis, judge_share=share, clients=2)
+    kept = prompts(reserve_of(dealt))
+    assert len(kept) == max(1, round(share * 100))
+    assert set(dealt.reserve) == {"one", "two"}
+    for axis, held in dealt.reserve.items():
+        assert len(held) == 2 * len(kept & prompts(by_axis[axis])), "whole prompts, for all axes"
+    left = 100 - len(kept)
+    assert len(prompts(held_out(dealt))) == max(1, round(0.25 * left))
+    assert len(prompts(dealt.public)) == round(0.1 * left)
+    taken = prompts(train_of(dealt)) | prompts(held_out(dealt)) | prompts(dealt.public)
+    assert len(taken | kept) == 100
+    pairs_kept = len(reserve_of(dealt))
+    assert dealt.said == (
+        f"set aside {len(kept)} of 100 prompts, {pairs_kept} pairs with their true choices, for a judge; "
+        "nobody in the run sees them",
+    )
+
+
+def test_numbers_of_test_and_public_pairs_stay_what_they_were_beside_a_reserve() -> None:
+    by_axis = {"one": pairs(200, 2), "two": pairs(200, 2, start=1000)}
+    dealt = made(by_axis, judge_share=0.5, test_pairs=60, public_pairs=40)
+    assert Counter(one.axis for one in reserve_of(dealt)).total() == 400
+    assert {len(person.test) for person in dealt.people} == {60}
+    assert len(dealt.public) == 80
+
+
+def test_a_larger_reserve_holds_the_smaller_one() -> None:
+    small, large = (prompts(reserve_of(made(judge_share=share, clients=2))) for share in (0.2, 0.5))
+    assert small < large
+
+
+def test_noise_and_coins_never_touch_the_reserve() -> None:
+    given = {(axis, one.prompt, one.chosen, one.rejected) for axis, held in mirrored_axes().items() for one in held}
+    clean = made(judge_share=0.4)
+    assert {(axis, o.prompt, o.chosen, o.rejected) for axis, held in clean.reserve.items() for o in held} <= given
+    assert made(judge_share=0.4, label_noise=0.5).reserve == clean.reserve
+    coin = made(judge_share=0.4, labels="coin-flip")
+    assert coin.reserve == clean.reserve
+    assert coin.people != clean.people
+
+
+@EVERY
+def test_without_a_judge_nothing_is_set_aside_and_the_deal_is_what_it_was(partition: str) -> None:
+    data = owned() if partition == "client" else None
+    dealt = made(data, partition=partition, judge_share=0.0)
+    assert dealt == made(data, partition=partition)
+    assert dealt.reserve == {}
+    assert not [sentence for sentence in dealt.said if "judge" in sentence]
+
+
+def test_check_deal_finds_what_straddles_the_reserve() -> None:
+    dealt = made(judge_share=0.3)
+    leak = dealt.reserve["for"][0]
+    first = dealt.people[0]
+    seen = replace(first, train=(*first.train, replace(leak.mirrored(), group="elsewhere")))
+    with pytest.raises(DataError, match="it is in the reserve of axis 'for' and in train of client 0; give rows of"):
+        check_deal(replace(dealt, people=(seen, *dealt.people[1:])))
+    with pytest.raises(DataError, match="it is in the public pairs and in the reserve of axis 'for'"):
+        check_deal(replace(dealt, public=(*dealt.public, leak)))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_judge_s_share_out_of_range_is_said(share: float) -> None:
+    with pytest.raises(ConfigError, match=f"judge_share must be 0 or more and below 1, got {share}; 0.5 is usual"):
+        made(judge_share=share)
+
+
+def test_a_judge_leaves_two_prompts_at_least() -> None:
+    with pytest.raises(DataError, match=r"leave at least 2 prompts, .*, 0\.9 takes 9 of 10; lower it or give more"):
+        made({"for": pairs(10)}, judge_share=0.9)
+
+
+@pytest.mark.parametrize("recipe", ["voices", "hh-strict"])
+def test_half_of_a_recipe_s_prompts_can_be_kept_for_a_judge(recipe: str) -> None:
+    shared = Path(os.environ.get("MOTET_SHARED_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "hh_rlhf"
+    if recipe == "hh-strict" and not shared.is_dir():
+        pytest.skip("no shared data sets: set MOTET_SHARED_DATA to the folder that holds hh_rlhf")
+    data = str(shared) if recipe == "hh-strict" else None
+    whole = load_recipe(DataSettings(recipe=recipe, data=data, clients=10), 0)
+    dealt = load_recipe(DataSettings(recipe=recipe, data=data, clients=10, judge_share=0.5), 0)
+    everybody = [*train_of(dealt), *held_out(dealt), *dealt.public]
+    kept = prompts(reserve_of(dealt))
+    assert not kept & prompts(everybody)
+    assert abs(len(kept) - len(kept | prompts(everybody)) / 2) <= 1
+    assert set(dealt.reserve) == set(dealt.axes)
+    assert all(len(held) >= 100 for held in dealt.reserve.values())
+    assert whole.reserve == {}
+    assert kept <= prompts([*train_of(whole), *held_out(whole), *whole.public])
+    assert f"set aside {len(kept):,} of " in dealt.said[-1]
+    if recipe == "hh-strict":  # by number: the same beside a reserve, a prompt of several pairs may add a few
+        assert all(300 <= len({one for p in dealt.people for one in p.test if one.axis == a}) < 320 for a in dealt.axes)

@@ -1,18 +1,20 @@
 """Deal pairs to clients, and print the deal.
 
 In:  pairs by axis of preference, and how many people there shall be.
-Out: a ``Deal``: seen and unseen people, each with training and test pairs, and public pairs for the server.
+Out: a ``Deal``: seen and unseen people, each with training and test pairs, public pairs for the server, and, where
+     asked for, a reserve for a judge.
 
-Two laws hold for every deal, and ``check_deal`` checks them: a prompt is in one split only (train, test or public), for
-all people and axes together, and so are two answers, whichever of them was chosen. Public pairs carry no choice: their
-two answers stand in an order that only the texts decide.
+Two laws hold for every deal, and ``check_deal`` checks them: a prompt is in one split only (train, test, public or
+reserve), for all people and axes together, and so are two answers, whichever of them was chosen. Public pairs carry no
+choice: their two answers stand in an order that only the texts decide. The reserve is set aside before anything is
+dealt, and keeps its true choices whatever is done to the labels of the people.
 """
 
 import hashlib
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from statistics import median
 from typing import Any, Literal, TypeVar
@@ -26,7 +28,7 @@ from motet.config import nearest
 from motet.errors import ConfigError, DataError
 from motet.records import Pair, generator
 
-Split = Literal["train", "test", "public"]
+Split = Literal["train", "test", "public", "reserve"]
 PARTITIONS = ("axis", "dirichlet", "client", "equal")
 MOST_TEST_PAIRS = 300
 """Where a person would be judged on several axes, no more test pairs than this."""
@@ -63,6 +65,9 @@ class Deal:
     axes: tuple[str, ...]
     said: tuple[str, ...]
     """What was read, dropped and left over, a sentence each."""
+    reserve: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
+    """Set aside for a judge, by axis, with the true choices; nobody of ``people`` holds a prompt of it. Empty unless
+    ``judge_share`` asks for it."""
 
     @property
     def seen(self) -> tuple[Person, ...]:
@@ -73,6 +78,32 @@ class Deal:
     def unseen(self) -> tuple[Person, ...]:
         """The people who come after training."""
         return tuple(person for person in self.people if not person.seen)
+
+
+def reserved_groups(pairs: Iterable[Pair], judge_share: float, seed: int) -> frozenset[str]:
+    """The groups that are set aside for a judge: the first ones of the ranking that then decides the other splits.
+
+    Args:
+        pairs: All pairs, of all axes.
+        judge_share: Share of the groups, exact up to rounding; at least one unless it is 0.
+        seed: Another seed sets other groups aside. A judge belongs to the deals of its own seed.
+
+    Raises:
+        ConfigError: The share is out of its range.
+        DataError: It leaves fewer than two groups, which training and tests need.
+    """
+    if not 0 <= judge_share < 1:
+        raise ConfigError(f"judge_share must be 0 or more and below 1, got {judge_share}; 0.5 is usual for a judge")
+    if not judge_share:
+        return frozenset()
+    ranked = _ranked({pair.group for pair in pairs}, seed)
+    count = max(1, round(judge_share * len(ranked)))
+    if len(ranked) - count < 2:
+        raise DataError(
+            f"judge_share must leave at least 2 prompts, for training and for tests, {judge_share} takes {count} of "
+            f"{len(ranked)}; lower it or give more prompts"
+        )
+    return frozenset(ranked[:count])
 
 
 def split_groups(pairs: Iterable[Pair], test_share: float, public_share: float, seed: int) -> dict[str, Split]:
@@ -142,6 +173,7 @@ def deal(
     public_pairs: int | None = None,
     group_sizes: tuple[float, ...] | None = None,
     mixed_share: float = 0.0,
+    judge_share: float = 0.0,
     said: tuple[str, ...] = (),
 ) -> Deal:
     """Deal pairs to people.
@@ -157,13 +189,15 @@ def deal(
         pairs_per_client: The most training pairs of one person.
         label_noise: Share of each person's training pairs, 0 to 0.5, whose choice is turned round. Tests stay clean.
         labels: ``coin-flip`` replaces every choice, in training and in test, by a fair coin.
-        test_share: Share of the prompts for tests.
-        public_share: Share of the prompts for the server.
+        test_share: Share of the prompts for tests; of those that a judge leaves.
+        public_share: Share of the prompts for the server; of those that a judge leaves.
         test_pairs: Number of test pairs per axis; with ``public_pairs``, in place of the two shares.
         public_pairs: Number of public pairs per axis.
         group_sizes: Relative numbers of people per axis, for ``axis``; equal where left out.
         mixed_share: Share of each person's training pairs, 0 to 0.5, that are of another axis, for ``axis``. It is
             judged on its own axis all the same.
+        judge_share: Share of the prompts, 0 to below 1, set aside for a judge before all else. Their choices stay the
+            true ones, under ``label_noise`` and ``coin-flip`` too.
         said: Sentences to begin ``Deal.said`` with.
 
     Raises:
@@ -186,6 +220,12 @@ def deal(
         axis: [pair if pair.axis == axis else replace(pair, axis=axis) for pair in pairs]
         for axis, pairs in by_axis.items()
     }
+    kept = reserved_groups(chain.from_iterable(marked.values()), judge_share, seed)
+    reserve: dict[str, tuple[Pair, ...]] = {}
+    if kept:
+        count = len({pair.group for pair in chain.from_iterable(marked.values())})
+        reserve, marked = _set_aside(marked, kept, seed)
+        said = (*said, _said_of(reserve, len(kept), count))
     if test_pairs is None:
         splits = split_groups(chain.from_iterable(marked.values()), test_share, public_share, seed)
     else:
@@ -222,7 +262,7 @@ def deal(
         own = _labelled(own, number, label_noise, labels, seed)
         people.append(Person(number, names[number], number < clients, axis, tuple(own), tests[id(held_out)]))
     texts = {_texts(pair): _unlabelled(pair) for pair in chain.from_iterable(public.values())}
-    dealt = Deal(tuple(people), tuple(texts.values()), tuple(by_axis), (*said, *notes))
+    dealt = Deal(tuple(people), tuple(texts.values()), tuple(by_axis), (*said, *notes), reserve)
     check_deal(dealt)
     return dealt
 
@@ -235,6 +275,7 @@ def check_deal(deal: Deal) -> None:
     """
     places: dict[Any, tuple[str, str]] = {}
     parts = [("public", "the public pairs", deal.public)]
+    parts += [("reserve", f"the reserve of axis {axis!r}", pairs) for axis, pairs in deal.reserve.items()]
     for person in deal.people:
         parts += [("train", f"train of {person.name}", person.train), ("test", f"test of {person.name}", person.test)]
     checked: set[tuple[str, int]] = set()  # people of one axis share their test pairs: look at them once
@@ -293,6 +334,25 @@ def print_deal(deal: Deal, console: Console) -> None:
             figures = (len(train), min(train), median(train), max(train), median(test))
             table.add_row(axis or "–", "seen" if seen else "unseen", *(f"{figure:g}" for figure in figures))
     console.print(table)
+
+
+def _set_aside(
+    marked: Mapping[str, list[Pair]], kept: frozenset[str], seed: int
+) -> tuple[dict[str, tuple[Pair, ...]], dict[str, list[Pair]]]:
+    """What a judge gets, shuffled, and what is left to deal."""
+    reserve = {
+        axis: tuple(_shuffled([pair for pair in pairs if pair.group in kept], seed, "deal", "reserve", axis))
+        for axis, pairs in marked.items()
+    }
+    return reserve, {axis: [pair for pair in pairs if pair.group not in kept] for axis, pairs in marked.items()}
+
+
+def _said_of(reserve: Mapping[str, Sequence[Pair]], kept: int, count: int) -> str:
+    pairs = sum(map(len, reserve.values()))
+    return (
+        f"set aside {kept:,} of {count:,} prompts, {pairs:,} pairs with their true choices, for a judge; "
+        "nobody in the run sees them"
+    )
 
 
 def _by_axis(

@@ -33,7 +33,7 @@ CRITERIA = {
 """The five axes of the recipe ``criteria``, and how ImageInWords names them."""
 _MOST_PER_PROMPT = 4
 _SHARES = {"test_share": 0.25, "public_share": 0.1}
-_BY_NAME = ("dirichlet_alpha", "group_sizes", "label_noise", "labels", "mixed_share", "pairs_per_client")
+_BY_NAME = ("dirichlet_alpha", "group_sizes", "judge_share", "label_noise", "labels", "mixed_share", "pairs_per_client")
 
 
 class DataSettings(Section):
@@ -66,6 +66,9 @@ class DataSettings(Section):
     """Share of the prompts that people are judged on. Left out: what the recipe says, mostly 0.25."""
     public_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the prompts that the server gets as texts without choices. Left out: the recipe's, mostly 0.1."""
+    judge_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the prompts set aside, before anything is dealt, for a judge to be trained on; nobody in the run sees
+    them (0.5 for motet judge). test_share and public_share are shares of what is left."""
     split: str = "train"
     """Split of a hub data set, or of a folder that datasets saved with several."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
