@@ -137,6 +137,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("papers gone.toml", "there is no settings file 'gone.toml'"),
         ("papers mine/summary.json", "'mine/summary.json' is not TOML"),
         ("bench --only speed", "unknown benchmark 'speed'; known are"),
+        ("bench extraction speed", "unknown benchmark 'speed'; known are"),
     ],
 )
 def test_a_mistake_is_one_sentence(motet: Motet, mine: Path, line: str, sentence: str) -> None:
@@ -227,6 +228,28 @@ def test_choosing_prints_a_table(motet: Motet, mine: Path) -> None:
     assert answer.code == 0
     assert "taste inferred from 4 choices" in answer.out
     assert "P(first)" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("line", "measured"),
+    [
+        ("bench a", ["a"]),
+        ("bench c a", ["a", "c"]),
+        ("bench --only b", ["b"]),
+        ("bench a --only b --only a", ["a", "b"]),
+        ("bench", ["a", "b", "c"]),
+    ],
+)
+def test_benchmarks_are_named_as_words_or_options(
+    motet: Motet, monkeypatch: pytest.MonkeyPatch, line: str, measured: list[str]
+) -> None:
+    entry = {"value": 2.0, "unit": "times", "target": ">= 1", "reached": True, "compared": "one against another"}
+    monkeypatch.setattr("motet.bench.BENCHES", dict.fromkeys("abc", lambda cache: entry))
+    answer = motet(*line.split(), "--json")
+    assert answer.code == 0
+    assert list(json.loads(answer.out)["benches"]) == measured
+    assert answer.err.split() == [word for name in measured for word in (name, "...")]
+    assert "2.00 times" in motet(*line.split()).out
 
 
 def test_papers(motet: Motet, mine: Path) -> None:

@@ -255,6 +255,13 @@ def test_a_command_is_documented_word_for_word(name: str) -> None:
     assert page == code
 
 
+def test_every_benchmark_is_on_the_page_and_back() -> None:
+    from motet.bench import BENCHES
+
+    [line] = re.findall(r"^The benchmarks are (.*?)\.", section("cli.md", "## motet bench"), re.M | re.S)
+    assert re.findall(r"`([^`]+)`", line) == list(BENCHES)
+
+
 def command_lines() -> Iterator[tuple[str, str]]:
     """Every ``motet …`` line in a code block or in backticks of a page, and in the help itself."""
     for page in PAGES:

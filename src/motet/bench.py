@@ -37,7 +37,7 @@ REPEATS = 5
 
 
 def run_benches(only: Sequence[str] | None, cache: Path | None, say: Say) -> dict[str, Any]:
-    """Run the benchmarks by name, or all of them.
+    """Run the benchmarks by name, or all of them where no name is given.
 
     Raises:
         ConfigError: A name is unknown.

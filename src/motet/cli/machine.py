@@ -11,7 +11,8 @@ from motet.cli.console import CacheOption, JsonOption, console_of
 
 
 def bench(
-    only: Annotated[list[str] | None, typer.Option("--only", help="Names of benchmarks; default: all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names of benchmarks; default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="A name, given as an option; repeatable.")] = None,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -22,7 +23,7 @@ def bench(
     from motet.bench import bench_table, run_benches
 
     console = Console(stderr=True)
-    result = run_benches(only, cache, lambda text: console.print(text, highlight=False))
+    result = run_benches([*(names or ()), *(only or ())], cache, lambda text: console.print(text, highlight=False))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
