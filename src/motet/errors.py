@@ -4,6 +4,7 @@
     ├── ConfigError        a setting is missing, unknown or out of range
     ├── DataError          pairs cannot be read, or cannot be dealt
     ├── BackboneError      a language model cannot be found, opened or used
+    ├── JudgeError         a judge is missing, fails, knows too much, or is given too little to say anything
     ├── RunError           a run folder is missing, unfinished, foreign or in use
     └── MessageError       what came from a client or a server is not what was agreed
 
@@ -25,6 +26,10 @@ class DataError(MotetError, ValueError):
 
 class BackboneError(MotetError, RuntimeError):
     """A language model cannot be found, opened or used."""
+
+
+class JudgeError(MotetError, RuntimeError):
+    """A judge is missing, fails, was trained on what it judges, or is given too few prompts to say anything."""
 
 
 class RunError(MotetError, RuntimeError):

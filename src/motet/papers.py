@@ -18,6 +18,12 @@ PARTS = {
 }
 BACKBONES = {
     "smollm2": ("Allal et al. 2025, SmolLM2: when smol goes big, arXiv 2502.02737 (SmolLM2-135M-Instruct, Apache-2.0)"),
+    "minilm": (
+        "Reimers, Gurevych 2019, Sentence-BERT: sentence embeddings using siamese BERT-networks, EMNLP, "
+        "arXiv 1908.10084; Wang, Wei, Dong, Bao, Yang, Zhou 2020, MiniLM: deep self-attention distillation for "
+        "task-agnostic compression of pre-trained transformers, NeurIPS, arXiv 2002.10957 "
+        "(all-MiniLM-L6-v2, Apache-2.0)"
+    ),
     "gemma3-270m": "Gemma Team 2025, Gemma 3 technical report, arXiv 2503.19786 (Gemma Terms of Use)",
 }
 SELF = "The motet authors 2026, motet: federated preference alignment that keeps conflicting tastes apart"

