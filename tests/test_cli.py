@@ -132,7 +132,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         ),
         ("report gone", "'gone' is not a run folder, it does not exist; give the folder that motet run wrote (--out)"),
         ("report .", "'.' is not a run folder, it has no config.toml"),
-        ("choose gone --context a --pairs b", "there is no trained selector in 'gone'"),
+        (
+            "choose gone --context a --pairs b",
+            "there is no trained selector in 'gone', and there are no linear rewards",
+        ),
         ("choose mine --context gone.jsonl --pairs b", "there is no file 'gone.jsonl'; --context wants JSON lines"),
         ("papers gone.toml", "there is no settings file 'gone.toml'"),
         ("papers mine/summary.json", "'mine/summary.json' is not TOML"),

@@ -288,8 +288,11 @@ def test_every_linear_algorithm_leaves_its_rewards(name: str, people: Any, tmp_p
 
 
 def test_missing_and_damaged_rewards_are_said(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"there are no linear rewards in .*rewards\.safetensors and rewards\.json must"):
+    with pytest.raises(
+        RunError, match=r"there are no linear rewards in .*rewards\.safetensors and rewards\.json must"
+    ) as error:
         load_rewards(tmp_path)
+    assert str(error.value).endswith("finished run of fedbiscuit, mixture-em, shared, local, central or oracle")
     save_rewards(LinearRewards(torch.randn(1, HIDDEN + SCALARS), "none", about().whitening), tmp_path, about())
     config = json.loads((tmp_path / "rewards.json").read_text())
     (tmp_path / "rewards.json").write_text(json.dumps(config | {"format": 9}))

@@ -91,7 +91,7 @@ def load_rewards(folder: Path) -> tuple[LinearRewards, BackboneSettings, str]:
     if not (folder / TENSORS).exists() or not (folder / CONFIG).exists():
         raise RunError(
             f"there are no linear rewards in {str(folder)!r}: {TENSORS} and {CONFIG} must be there; "
-            "give the folder of a finished run of shared, local, central, oracle or fedbiscuit"
+            "give the folder of a finished run of fedbiscuit, mixture-em, shared, local, central or oracle"
         )
     try:
         config: Mapping[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
