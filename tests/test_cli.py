@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,33 @@ def test_choosing_prints_a_table(motet: Motet, mine: Path) -> None:
     assert answer.code == 0
     assert "taste inferred from 4 choices" in answer.out
     assert "P(first)" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("--data /where/I/live/xstest", "--data xstest"),
+        ("--data=/where/I/live/xstest", "--data=xstest"),
+        ("--set model=/where/I/live/gemma", "--set model=gemma"),
+        ("--set=backbone.model=/where/I/live/gemma.gguf", "--set=backbone.model=gemma.gguf"),
+        ("--set model=~/live/gemma/", "--set 'model=gemma'"),
+        ("""--set 'model="/where/I live/gemma"'""", """--set 'model="gemma"'"""),
+        ("--set model=google/gemma --data runs/here", "--set model=google/gemma --data runs/here"),
+        ("--set contexts=[0,2] --debug", "--set 'contexts=[0,2]'"),
+    ],
+)
+def test_the_recorded_line_holds_no_folder_of_this_machine(
+    motet: Motet, monkeypatch: pytest.MonkeyPatch, typed: str, kept: str
+) -> None:
+    recorded: list[str] = []
+
+    def compare(*asked: Any) -> dict[str, Any]:
+        recorded.append(asked[-1])
+        return {}
+
+    monkeypatch.setattr("motet.compare.compare", compare)
+    assert motet("compare", "voices", *shlex.split(typed), "--json").code == 0
+    assert shlex.split(recorded[0]) == ["motet", "compare", "voices", *shlex.split(kept), "--json"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -15,7 +16,19 @@ import pytest
 
 from motet.algorithms import ALGORITHMS
 from motet.cells import Cell, Store, cores, deal_digest
-from motet.compare import compare, contestants, differences, interval, mean, parse_seeds, pooled, selectors
+from motet.compare import (
+    Contestant,
+    compare,
+    contestants,
+    differences,
+    interval,
+    mean,
+    parse_seeds,
+    pooled,
+    selectors,
+    tabled,
+    without_folders,
+)
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, DataError, MotetError, RunError
 from motet.evaluation.controls import linear_reward
@@ -317,6 +330,27 @@ def test_changed_settings_make_new_cells_and_leave_the_old_ones(done: Compared, 
     elsewhere.write_text("\n".join(elsewhere.read_text().splitlines()[1:]) + "\n")
     other = Store(tmp_path).cell(resolve("voices", {**done.words, "data": str(elsewhere)}, None, 0), "")
     assert other.folder.name != same
+
+
+def test_what_is_shown_to_others_holds_no_path(done: Compared, tmp_path: Path) -> None:
+    held = str(Path(done.words["data"]).parent)
+    for name in ("table.json", "table.csv", "table.md", "report.html"):
+        text = (done.folder / name).read_text(encoding="utf-8")
+        assert held not in text
+        assert str(done.folder) not in text
+    asked = resolve("voices", {**done.words, "evaluate_every": 0}, None, 0, "fedvpl")
+    away = replace(asked, backbone=asked.backbone.model_copy(update={"model": "/where/I/live/gemma"}))
+    whole = cell_of(done.folder, "fedvpl", 0)
+    shutil.copytree(whole, tmp_path / "cell")
+    summary = read(whole, "summary.json") | {"backbone": "/where/I/live/gemma"}
+    (tmp_path / "cell" / "summary.json").write_text(json.dumps(summary))
+    cell = Cell(away, "fedvpl, seed 0", tmp_path / "cell", "")
+    table = tabled((Contestant("fedvpl", "fedvpl"),), (0,), {("fedvpl", 0): cell}, 1)
+    assert table["settings"]["backbone"]["model"] == table["rows"][0]["backbone"] == "gemma"
+    assert table["settings"]["data"]["data"] == "voices.jsonl"
+    assert "/where" not in json.dumps(table)
+    hub = without_folders({"model": "google/gemma", "list": ("~/a/b", "runs/x", 0.5, None)})
+    assert hub == {"model": "google/gemma", "list": ["b", "runs/x", 0.5, None]}
 
 
 def test_equal_deals_have_one_digest_and_unequal_ones_have_not(small: dict[str, Any]) -> None:

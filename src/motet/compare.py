@@ -215,12 +215,12 @@ def tabled(
     _relate_seconds(rows)
     tables = first.tables()
     data = tables["data"]
-    data["data"] = data["data"] and Path(data["data"]).name  # a table is shown to others; paths are nobody's business
+    data["data"] = data["data"] and Path(data["data"]).name
     settings = {name: tables[name] for name in TABLES}
     settings["algorithm"] = {
         entrant.name: cells[entrant.name, seeds[0]].settings.tables()["algorithm"] for entrant in entrants
     }
-    return {
+    content = {
         "recipe": first.data.recipe,
         "settings": settings,
         "seeds": list(seeds),
@@ -231,6 +231,19 @@ def tabled(
         "reported": reported(first.data.recipe, dict.fromkeys(entrant.method for entrant in entrants)),
         "warnings": _warnings(rows, list(cells.values()), found),
     }
+    return {key: without_folders(value) for key, value in content.items()}
+
+
+def without_folders(content: Any) -> Any:
+    """The same, but of every text that is a path from the root or from home its last name only.
+
+    A table is shown to others; where somebody keeps the model or the data is nobody's business.
+    """
+    if isinstance(content, Mapping):
+        return {name: without_folders(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_folders(value) for value in content]
+    return Path(content).name if isinstance(content, str) and content.startswith(("/", "~/")) else content
 
 
 def pooled(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

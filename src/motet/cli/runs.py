@@ -283,8 +283,14 @@ def _workers(jobs: int | None) -> int:
 
 
 def _command() -> str:
-    """The line as it was typed, but of every path that begins at the root its last name only."""
+    """The line as it was typed, but of every path from the root or from home its last name only."""
+    import re
     import shlex
 
-    words = [str(Path(word).name) if word.startswith("/") else word for word in sys.argv[1:] if word != "--debug"]
+    def cut(found: re.Match[str]) -> str:
+        name, quote, path = found.groups(default="")
+        return f"{name}{quote}{Path(path).name}{quote}"
+
+    # a path may stand alone, or behind an option (--data=/…), a setting (model=/…) or both, and in the quotes of TOML
+    words = [re.sub(r"^([^/]*=)?([\"']?)((?:/|~/).*)\2$", cut, word) for word in sys.argv[1:] if word != "--debug"]
     return shlex.join(["motet", *words])
