@@ -293,7 +293,7 @@ def run(
         raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
     if out.exists() and not out.is_dir():
         raise RunError(f"{str(out)!r} is a file; --out wants a folder")
-    with _locked(out):
+    with locked(out):
         prepared = prepared or prepare(asked, cache, watcher, out / "quarantine.jsonl")
         asked = _completed(asked, prepared.deal)
         identity = _identity(asked, prepared)
@@ -476,7 +476,7 @@ def _prototype_names(assigned: Mapping[int, int], deal: Deal, prototypes: int) -
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One run at a time in a folder. A folder that a refused run would leave empty is taken away again."""
     fresh = not folder.exists()
     try:

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -53,7 +53,20 @@ PLAIN_CHAT = (
 )
 
 
-class DPOSettings(Section):
+class LoraSettings(Section):
+    """The shape of a LoRA adapter."""
+
+    lora_rank: int = Field(8, ge=1)
+    """Rank of each low-rank update (paper: 8)."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """The update is scaled by ``lora_alpha / lora_rank`` (paper: 16)."""
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Share of an adapter's inputs dropped in training; the model itself drops nothing (paper: 0.05)."""
+    lora_targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
+    """Names of the linear layers that get an update, in the language model only, never in a vision tower."""
+
+
+class DPOSettings(LoraSettings):
     """Direct preference optimisation of a LoRA adapter on one client's pairs."""
 
     local_steps: int = Field(10, ge=1)
@@ -64,14 +77,6 @@ class DPOSettings(Section):
     """Nats of reward for a nat of log-likelihood; higher keeps the model nearer to its reference (paper: 0.1)."""
     batch_pairs: int = Field(4, ge=1)
     """Pairs in a step (paper's code: 4 in each of 8 accumulated passes)."""
-    lora_rank: int = Field(8, ge=1)
-    """Rank of each low-rank update (paper: 8)."""
-    lora_alpha: float = Field(16.0, gt=0)
-    """The update is scaled by ``lora_alpha / lora_rank`` (paper: 16)."""
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    """Share of an adapter's inputs dropped in training; the model itself drops nothing (paper: 0.05)."""
-    lora_targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    """Names of the linear layers that get an update, in the language model only, never in a vision tower."""
     max_tokens: int = Field(1024, ge=16)
     """Most tokens of a prompt and its answer (paper: 1024). Prompts over half of it lose their beginning, answers
     their end."""
@@ -106,12 +111,13 @@ class OpenBase:
 
 
 @functools.lru_cache(maxsize=1)
-def open_base(name: str, device: str) -> OpenBase:
+def open_base(name: str, device: str, dtype: torch.dtype | None = None) -> OpenBase:
     """A language model, opened once in a process; the last one is kept.
 
     Args:
         name: A folder with weights, ``config.json`` and tokenizer as transformers saves them, or a hub name.
         device: ``cpu``, or ``cuda`` for the first visible GPU.
+        dtype: Of its weights. Left out: bfloat16 on a GPU that has it, else float32.
 
     Raises:
         BackboneError: It cannot be opened.
@@ -129,7 +135,7 @@ def open_base(name: str, device: str) -> OpenBase:
                     setattr(part, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(name)
         # 6: bfloat16 misses the log-likelihood of a long answer by up to a nat; a CPU gains too little by it
-        dtype = torch.bfloat16 if _half(torch.device(device)) else torch.float32
+        dtype = dtype or (torch.bfloat16 if _half(torch.device(device)) else torch.float32)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     except Exception as error:  # transformers raises a dozen kinds; whichever it is, the user needs the same sentence
         raise BackboneError(
@@ -144,7 +150,7 @@ def open_base(name: str, device: str) -> OpenBase:
     return OpenBase(model.to(where).eval().requires_grad_(False), tokenizer, Path(name).name, where)
 
 
-def start_adapter(base: OpenBase, settings: DPOSettings, random: torch.Generator) -> dict[str, Tensor]:
+def start_adapter(base: OpenBase, settings: LoraSettings, random: torch.Generator) -> dict[str, Tensor]:
     """A fresh adapter that changes nothing yet: B is 0, A is uniform as PEFT draws it.
 
     Args:
@@ -155,7 +161,7 @@ def start_adapter(base: OpenBase, settings: DPOSettings, random: torch.Generator
     Returns:
         Float32 tensors on the CPU, by the names that PEFT gives them on disk.
     """
-    pattern, tensors = re.compile(_targets(base.model, settings.lora_targets)), {}
+    pattern, tensors = re.compile(target_pattern(base.model, settings.lora_targets)), {}
     for name, layer in base.model.named_modules():
         if pattern.fullmatch(name):
             bound = 1 / math.sqrt(layer.in_features)
@@ -229,18 +235,18 @@ def implicit_margins(
 
 
 @contextlib.contextmanager
-def worn(base: OpenBase, adapter: Mapping[str, Tensor], settings: DPOSettings) -> Iterator[None]:
+def worn(base: OpenBase, adapter: Mapping[str, Tensor], settings: LoraSettings) -> Iterator[None]:
     """The base with an adapter on, for reading; taken off in the end."""
     from peft import get_peft_model
 
     try:
-        with _old_names():
-            model = get_peft_model(base.model, _lora(base, settings))
-            _load(model, adapter)
+        with old_names():
+            model = get_peft_model(base.model, lora_config(base, settings))
+            load_adapter(model, adapter)
         model.eval()
         yield
     finally:
-        _undress(base)
+        undress(base)
 
 
 def train_dpo(
@@ -262,7 +268,7 @@ def train_dpo(
     Raises:
         MessageError: The adapter is for another model or other settings.
     """
-    trainer_class, config_class = _trl()
+    trainer_class, config_class = trl_dpo()
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import PrinterCallback
@@ -274,24 +280,24 @@ def train_dpo(
         known = base_log_likelihoods(base, answers_of(rows))
         columns["ref_chosen_logps"] = [known[row.prompt, row.chosen] for row in rows]
         columns["ref_rejected_logps"] = [known[row.prompt, row.rejected] for row in rows]
-    lora = _lora(base, settings)
+    lora = lora_config(base, settings)
     try:
-        with tempfile.TemporaryDirectory() as folder, _own_randomness(), _old_names():
+        with tempfile.TemporaryDirectory() as folder, own_randomness(), old_names():
             # 2: TRL takes the base for its reference where it puts the adapter on itself, and the adapter as it came
             # in where it is handed a model that wears one
             dressed = settings.reference == "round"
             model = get_peft_model(base.model, lora) if dressed else base.model
             if dressed:
-                _load(model, adapter)
+                load_adapter(model, adapter)
             trainer = trainer_class(
                 model=model,
-                args=config_class(**_arguments(base, settings, seed, folder)),
+                args=config_class(**dpo_arguments(base, settings, settings.local_steps, seed, folder)),
                 train_dataset=Dataset.from_dict(columns),
                 processing_class=base.tokenizer,
                 peft_config=None if dressed else lora,
             )
             if not dressed:
-                _load(trainer.model, adapter)
+                load_adapter(trainer.model, adapter)
             trainer.precompute_ref_logps = ahead
             trainer.remove_callback(PrinterCallback)  # 12
             trainer.train()
@@ -303,15 +309,15 @@ def train_dpo(
         keys = ("loss", "rewards/margins", "rewards/accuracies")
         return trained, torch.tensor([float(log[key]) for key in keys])
     finally:
-        _undress(base)
+        undress(base)
 
 
-def adapter_files(base: OpenBase, adapter: Mapping[str, Tensor], settings: DPOSettings, folder: Path) -> None:
+def adapter_files(base: OpenBase, adapter: Mapping[str, Tensor], settings: LoraSettings, folder: Path) -> None:
     """Write an ordinary PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``, each atomically.
 
     The name of the base is noted, not its path: an adapter is shared, and a path tells of the machine it was made on.
     """
-    config = _lora(base, settings)
+    config = lora_config(base, settings)
     config.base_model_name_or_path, config.inference_mode = base.name, True
     table = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in adapter.items()}
@@ -320,7 +326,7 @@ def adapter_files(base: OpenBase, adapter: Mapping[str, Tensor], settings: DPOSe
 
 
 @functools.lru_cache(maxsize=1)
-def _trl() -> tuple[Any, Any]:
+def trl_dpo() -> tuple[Any, Any]:
     """TRL's trainer, with two of its habits cut off, and its settings."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # 1: read when the hub's library is first imported …
     from trl import DPOConfig, DPOTrainer
@@ -336,7 +342,20 @@ def _trl() -> tuple[Any, Any]:
     return Trainer, DPOConfig
 
 
-def _arguments(base: OpenBase, settings: DPOSettings, seed: int, folder: str) -> dict[str, Any]:
+class DPOSteps(Protocol):
+    """What every kind of DPO says of its steps."""
+
+    @property
+    def batch_pairs(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def dpo_beta(self) -> float: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+def dpo_arguments(base: OpenBase, settings: DPOSteps, steps: int, seed: int, folder: str) -> dict[str, Any]:
     """Settings of TRL's trainer; everything that decides a number is said, whatever TRL's default is today."""
     # a CPU gains nothing from several pairs at once: one at a time has less padding and needs a quarter of the memory
     together = 1 if base.device.type == "cpu" else settings.batch_pairs
@@ -346,15 +365,15 @@ def _arguments(base: OpenBase, settings: DPOSettings, seed: int, folder: str) ->
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
-        "logging_steps": settings.local_steps,  # one line of means, at the end
+        "logging_steps": steps,  # one line of means, at the end
         "logging_nan_inf_filter": False,  # 11
         "use_cpu": base.device.type == "cpu",
-        "bf16": _half(base.device),  # 6
+        "bf16": _half(base.device),  # 6: autocast; a base whose weights are bfloat16 needs none
         "seed": seed,
         "data_seed": seed,
         "dataloader_pin_memory": base.device.type == "cuda",
         "gradient_checkpointing": False,  # a third slower, and models of some hundred million weights need it not
-        "max_steps": settings.local_steps,
+        "max_steps": steps,
         "per_device_train_batch_size": together,
         "gradient_accumulation_steps": settings.batch_pairs // together,
         "optim": "adamw_torch",
@@ -395,19 +414,19 @@ def _half(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def _lora(base: OpenBase, settings: DPOSettings) -> Any:
+def lora_config(base: OpenBase, settings: LoraSettings) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=_targets(base.model, settings.lora_targets),
+        target_modules=target_pattern(base.model, settings.lora_targets),
         task_type="CAUSAL_LM",
     )
 
 
-def _targets(model: Any, names: Sequence[str]) -> str:
+def target_pattern(model: Any, names: Sequence[str]) -> str:
     """9: a pattern for the layers so named inside the language model, and nowhere else.
 
     Raises:
@@ -432,7 +451,7 @@ def _adapter_of(model: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def _load(model: Any, adapter: Mapping[str, Tensor]) -> None:
+def load_adapter(model: Any, adapter: Mapping[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     wanted = {name: tuple(tensor.shape) for name, tensor in _adapter_of(model).items()}
@@ -446,7 +465,7 @@ def _load(model: Any, adapter: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(model, dict(adapter))
 
 
-def _undress(base: OpenBase) -> None:
+def undress(base: OpenBase) -> None:
     """3 and 4: back to the bare model, whatever happened; its layers, and its ``forward``, are its own again."""
     from peft.tuners.lora import LoraLayer
 
@@ -461,7 +480,7 @@ def _undress(base: OpenBase) -> None:
 
 
 @contextlib.contextmanager
-def _old_names() -> Iterator[None]:
+def old_names() -> Iterator[None]:
     """TRL 1.16 and PEFT 0.21 still use the name that transformers 5.23 gives up in 6; it is theirs to change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
@@ -469,7 +488,7 @@ def _old_names() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """5: TRL seeds everybody's random numbers when it is built; afterwards they go on as if nothing had been."""
     python, numpy = random.getstate(), np.random.get_state()
     try:

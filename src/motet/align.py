@@ -1,0 +1,395 @@
+"""Stage 2: from a finished run to one language model that takes any of its tastes.
+
+In:  the folder of a run (its selector or rewards), a base model, public prompts.
+Out: a policy folder: the taste-gated adapter, its tastes, how it was trained, a model card. See ``docs/policies.md``.
+
+Answers are sampled from the base on public prompts and kept in the cache, so a second method on the same prompts pays
+for labels and steps only. The reward labels them under each prototype and under mixtures; DPO or GRPO does the rest.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from safetensors.torch import load
+from torch import Tensor
+
+from motet.alignment.dpo import DPOOnTastes, Look, train_policy
+from motet.alignment.labels import Labels, LabelSettings, counts, label
+from motet.alignment.policy import Worn, start_policy
+from motet.alignment.sampling import Answer, SamplingSettings, distance, sample, sampled
+from motet.alignment.trainers import OpenBase, open_base
+from motet.card import card
+from motet.config import Section, nearest, settings, write_atomically, write_toml
+from motet.data.partition import Deal
+from motet.data.prompts import bundled_prompts, read_prompts
+from motet.data.recipes import load_recipe
+from motet.errors import ConfigError, DataError, RunError
+from motet.experiment import Settings, locked, resolve
+from motet.policies import ABOUT, base_settings, write_policy
+from motet.records import Turn, generator, prompt_group
+from motet.selector.backbone import find_device, find_dtype, model_folder
+from motet.selector.reward import RewardModel, SelectorReward, open_reward
+from motet.selector.trained import CONFIG as SELECTOR_CONFIG
+from motet.selector.trained import TENSORS as SELECTOR
+
+Prompt = tuple[Turn, ...]
+CHECKPOINT, STEPS, ALIGN = "checkpoint.safetensors", "steps.jsonl", "align.toml"
+
+
+class AlignSettings(Section):
+    """From a run to a policy."""
+
+    by: Literal["dpo", "grpo"] = "dpo"
+    """How the policy is trained: DPO on labelled pairs, or GRPO on rewards."""
+    base: str | None = None
+    """The language model: ``smollm2``, ``gemma3-270m``, a folder, a .gguf file or a hub name. Left out: the run's."""
+    prompts: str | None = None
+    """File with public prompts, JSON lines or text. Left out: the run's public prompts, topped up from the bundled
+    ones where they are fewer than prompts_used."""
+    prompts_used: int = Field(160, ge=2)
+    """At most so many prompts are trained on, beside those for validation."""
+    tastes: int = Field(2, ge=2)
+    """Tastes of a method that has no prototypes (fedvpl): centres of k-means over its people's posteriors."""
+    align_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base's weights; ``auto`` takes bfloat16 where the device is fast at it. The adapter is float32."""
+    align_device: str = "auto"
+    """``auto`` takes a GPU if there is one; or a torch device such as ``cpu``."""
+
+
+class Watcher(Protocol):
+    """Whoever looks on."""
+
+    def said(self, text: str) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
+
+    def looked(self, row: Mapping[str, float]) -> None: ...
+
+
+class Silent:
+    """Looks on and says nothing."""
+
+    def said(self, text: str) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
+
+    def looked(self, row: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All settings of an alignment."""
+
+    align: AlignSettings
+    sampling: SamplingSettings
+    labels: LabelSettings
+    dpo: DPOOnTastes
+    seed: int = 0
+
+    def tables(self) -> dict[str, Any]:
+        """As TOML tables."""
+        return {"seed": self.seed} | {name: getattr(self, name).model_dump(mode="json") for name in TABLES}
+
+
+TABLES: dict[str, type[Section]] = {
+    "align": AlignSettings,
+    "sampling": SamplingSettings,
+    "labels": LabelSettings,
+    "dpo": DPOOnTastes,
+}
+
+
+def resolve_align(words: Mapping[str, Any], seed: int = 0) -> Asked:
+    """Settings of an alignment from single words.
+
+    Raises:
+        ConfigError: Anything unknown or out of range.
+    """
+    homes = {name: table for table, kind in TABLES.items() for name in kind.model_fields}
+    tables: dict[str, dict[str, Any]] = {name: {} for name in TABLES}
+    for word, value in words.items():
+        table, dot, name = word.rpartition(".")
+        if name not in homes or (dot and homes[name] != table):
+            raise ConfigError(f"unknown setting {word!r} in --set; {nearest(word, homes)}")
+        tables[homes[name]][name] = value
+    built: dict[str, Any] = {name: settings(kind, tables[name], "--set") for name, kind in TABLES.items()}
+    return Asked(**built, seed=seed)
+
+
+def align(
+    run: Path,
+    out: Path,
+    asked: Asked,
+    cache: Path,
+    resume: bool = False,
+    data: str | None = None,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Train a policy from a run, and leave a folder that everything can be asked of.
+
+    Args:
+        run: A finished run of a method that keeps a selector or rewards.
+        out: The policy folder; it must not hold another policy unless ``resume`` is set.
+        asked: Settings, see :func:`resolve_align`.
+        cache: Where features, converted models and sampled answers are kept.
+        resume: Go on from the folder's checkpoint.
+        data: Where the run's data lies now, if it has moved.
+        watcher: Told of every step.
+
+    Returns:
+        What ``policy.json`` holds.
+
+    Raises:
+        MotetError: See the message.
+        KeyboardInterrupt: On Ctrl-C; sampled answers are kept, and training can be resumed.
+    """
+    watcher, began = watcher or Silent(), time.perf_counter()
+    if not resume and ((out / ABOUT).exists() or (out / CHECKPOINT).exists()):
+        raise RunError(f"{str(out)!r} already holds a policy; add --resume to go on with it, or choose another --out")
+    settled = _run_settings(run, data)
+    reward = open_reward(run, cache)
+    names, tastes = tastes_of(run, reward, asked)
+    with locked(out):
+        write_toml(out / ALIGN, asked.tables())
+        deal = load_recipe(settled.data, settled.seed)
+        training, validation = _prompts(deal, asked, watcher)
+        place = find_device(asked.align.align_device)
+        model = asked.align.base or settled.backbone.model
+        folder = model_folder(base_settings(model), cache)
+        base = open_base(folder, str(place), find_dtype(asked.align.align_dtype, place))
+        looking = _looker(base, reward, validation, names, tastes, asked, watcher)
+        start = start_policy(base, asked.dpo, tastes, generator(asked.seed, "adapter"))
+        candidates = sample_candidates(base, training, asked, cache, watcher)
+        texts = [[answer.text for answer in some] for some in candidates]
+        watcher.said("labelling the answers under every taste")
+        labels = label(training, texts, reward, tastes, names, asked.labels, asked.seed)
+        watcher.said(_told(labels, len(training)))
+        _write_pairs(out, labels)
+        identity = _identity(asked, labels, base)
+
+        def stepped(step: int, row: Mapping[str, float]) -> None:
+            watcher.looked(row) if row else watcher.stage("training", step, asked.dpo.steps)
+
+        trained = train_policy(
+            base, start, labels.rows, asked.dpo, asked.seed, looking, out / CHECKPOINT, identity, stepped
+        )
+        write_atomically(out / STEPS, "".join(json.dumps(row) + "\n" for row in trained.log).encode())
+        best = next(row for row in trained.log if row["step"] == trained.step)
+        notes = {
+            "base": model, "by": asked.align.by, "method": settled.method, "recipe": settled.data.recipe,
+            "data": settled.data.model_dump(mode="json"), "run_seed": settled.seed, "seed": asked.seed,
+            "taste_names": list(names),
+            "figures": {
+                "steps": trained.step, "gain_nats": best["gain"], "kl_nats": best["kl"], "pairs": len(labels.rows),
+                "opposed_pairs": labels.opposed, "parameters": trained.adapter.numbers(),
+                "seconds": round(time.perf_counter() - began, 1),
+            },
+            "trained_on": sorted({prompt_group(prompt) for prompt in (*training, *validation)}),
+        }  # fmt: skip
+        for name in (SELECTOR, SELECTOR_CONFIG) if (run / SELECTOR).exists() else ():
+            write_atomically(out / name, (run / name).read_bytes())
+        write_atomically(out / "README.md", card(notes, base.name, "", {}).encode())
+        write_policy(out, trained.adapter, tastes, names, notes)
+        return notes
+
+
+def tastes_of(run: Path, reward: RewardModel, asked: Asked) -> tuple[tuple[str, ...], Float[Tensor, "tastes latent"]]:
+    """The tastes that a run's policy is trained under, and their names; none where the reward knows no tastes."""
+    if not isinstance(reward, SelectorReward):
+        return (), torch.zeros(0, 0)
+    selector = reward.selector
+    if len(selector.prototypes):
+        return unique_names(
+            selector.axes_names or [f"p{i}" for i in range(len(selector.prototypes))]
+        ), selector.prototypes
+    from sklearn.cluster import KMeans
+
+    means = load((run / "posteriors.safetensors").read_bytes())["means"]
+    if len(means) < asked.align.tastes:
+        raise ConfigError(f"tastes must be at most the number of people, {len(means)}, got {asked.align.tastes}")
+    centres = KMeans(asked.align.tastes, n_init=10, random_state=asked.seed).fit(means.numpy()).cluster_centers_
+    return tuple(f"group {i}" for i in range(len(centres))), torch.tensor(centres, dtype=torch.float32)
+
+
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The same names, numbered where one comes twice."""
+    return tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names))
+
+
+def _run_settings(run: Path, data: str | None) -> Settings:
+    if not (run / "config.toml").exists() or not (run / "summary.json").exists():
+        raise RunError(f"{str(run)!r} is no finished run; give the folder that motet run or motet demo wrote")
+    asked = resolve(config=run / "config.toml", words={} if data is None else {"data": data})
+    if asked.method == "feddpo":
+        raise RunError(
+            f"{str(run)!r} is a run of feddpo, which is a policy already: "
+            "give it to motet say, motet export or motet judge as it is"
+        )
+    return asked
+
+
+def _prompts(deal: Deal, asked: Asked, watcher: Watcher) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and prompts to look at the policy with; no prompt is in both, nor in anybody's pairs."""
+    wanted = asked.align.prompts_used + asked.dpo.validation_prompts
+    taken = {pair.group for person in deal.people for pair in (*person.train, *person.test)}
+    taken |= {pair.group for pairs in deal.reserve.values() for pair in pairs}
+    if asked.align.prompts is not None:
+        found = [*read_prompts(Path(asked.align.prompts))]
+        said = f"{len(found)} prompts of {Path(asked.align.prompts).name}"
+    else:
+        found = list(dict.fromkeys(pair.prompt for pair in deal.public))
+        own = min(len(found), wanted)
+        found += [prompt for prompt in bundled_prompts("train") if prompt_group(prompt) not in taken]
+        said = f"{own} public prompts of the run and {min(len(found), wanted) - own} bundled ones"
+    order = sorted(range(len(found)), key=lambda i: _rank(found[i], asked.seed))
+    if asked.align.prompts is None:  # the run's own come first: they are what its people ask
+        order = [i for i in order if i < own] + [i for i in order if i >= own] if own < len(found) else order
+    unique = list({prompt_group(found[i]): found[i] for i in reversed(order)}.items())[::-1]
+    kept = [prompt for group, prompt in unique if group not in taken][:wanted]
+    if len(kept) < asked.dpo.validation_prompts + 2:
+        raise DataError(
+            f"{len(kept)} prompts are left that stand in nobody's pairs, {asked.dpo.validation_prompts + 2} are needed "
+            "at least; give more with --set prompts=FILE or lower validation_prompts"
+        )
+    kept.sort(key=lambda prompt: _rank(prompt, asked.seed))
+    split = asked.dpo.validation_prompts
+    watcher.said(f"{said}: {len(kept) - split} to train on, {split} to look at the policy with")
+    return kept[split:], kept[:split]
+
+
+def _rank(prompt: Prompt, seed: int) -> str:
+    return hashlib.sha256(f"{seed}/{prompt_group(prompt)}".encode()).hexdigest()
+
+
+def sample_candidates(
+    base: OpenBase, prompts: Sequence[Prompt], asked: Asked, cache: Path, watcher: Watcher
+) -> list[list[Answer]]:
+    """Answers of the bare base to each prompt, batch by batch through the cache.
+
+    The key of the cache is everything that decides an answer, so another method on the same prompts finds them there.
+    """
+    count = asked.labels.answers_per_prompt
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    parts = [_weights(base), asked.sampling.model_dump(mode="json"), asked.seed, [list(map(list, p)) for p in wanted]]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    path = cache / "answers" / f"{key}.jsonl"
+    known = _known(path)
+    found: list[Answer | None] = [None] * len(wanted)
+    for line in known:
+        for row, text, tokens in zip(line["rows"], line["texts"], line["tokens"], strict=True):
+            found[row] = Answer(text, tuple(tokens))
+    done = sum(len(line["rows"]) for line in known)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for rows, drawn in sampled(base, wanted, asked.sampling, asked.seed, "candidates", skip=len(known)):
+        line = {"rows": rows, "texts": [a.text for a in drawn], "tokens": [list(a.tokens) for a in drawn]}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for row, answer in zip(rows, drawn, strict=True):
+            found[row] = answer
+        done += len(rows)
+        watcher.stage("sampling", done, len(wanted))
+    complete = [answer for answer in found if answer is not None]
+    return [complete[start : start + count] for start in range(0, len(complete), count)]
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; what an interruption cut off is drawn again."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return lines
+
+
+def _looker(
+    base: OpenBase,
+    reward: RewardModel,
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    tastes: Tensor,
+    asked: Asked,
+    watcher: Watcher,
+) -> Callable[[Worn], Look]:
+    """How the policy is looked at: its answers against the base's, by the reward, at each prototype."""
+    kinds: list[Tensor | None] = [*tastes] if len(tastes) else [None]
+    before: list[Tensor] = []
+
+    def look(worn: Worn) -> Look:
+        worn.model.eval()
+        if not before:
+            with worn.taken_off():
+                drawn = sample(base, prompts, asked.sampling, asked.seed, "base")
+            texts = [answer.text for answer in drawn]
+            before.extend(reward.score(prompts, texts, taste=taste) for taste in kinds)
+            baseline[:] = texts
+        gains, kls = [], []
+        for number, taste in enumerate(kinds):
+            each = None if taste is None else taste.expand(len(prompts), -1)
+            drawn = sample(base, prompts, asked.sampling, asked.seed, "look", number, worn=worn, tastes=each)
+            texts = [answer.text for answer in drawn]
+            gains.append(_gain(reward, prompts, texts, baseline, before[number], taste))
+            kls.append(distance(base, prompts, drawn, asked.sampling, worn, each).kl.mean())
+        found = Look(float(torch.stack(gains).mean()), float(torch.stack(kls).mean()))
+        watcher.looked(found._asdict())
+        return found
+
+    baseline: list[str] = []
+    return look
+
+
+def _gain(
+    reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], baseline: Sequence[str], before: Tensor,
+    taste: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if reward.name == "vote":  # a vote is between two answers, which must stand in one call
+        both = reward.score([*prompts, *prompts], [*texts, *baseline])
+        return (both[: len(prompts)] - both[len(prompts) :]).mean()
+    return (reward.score(prompts, texts, taste=taste) - before).mean()
+
+
+def _told(labels: Labels, prompts: int) -> str:
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(counts(labels).items()))
+    return (
+        f"{len(labels.rows)} labelled pairs of {prompts} prompts ({kinds}); {labels.opposed} carry opposite labels; "
+        f"{labels.dropped} dropped as ties or too near"
+    )
+
+
+def _write_pairs(out: Path, labels: Labels) -> None:
+    """``pairs.jsonl``: what the policy learns from, in TRL's form, and under which taste."""
+    rows = [
+        {"prompt": [turn._asdict() for turn in row.pair.prompt], "chosen": row.pair.chosen,
+         "rejected": row.pair.rejected, "taste": row.name, "probability": round(row.probability, 4)}
+        for row in labels.rows
+    ]  # fmt: skip
+    write_atomically(out / "pairs.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _identity(asked: Asked, labels: Labels, base: OpenBase) -> str:
+    digest = hashlib.sha256(json.dumps([asked.tables(), _weights(base)], sort_keys=True).encode())
+    for row in labels.rows:
+        digest.update(repr((row.pair, row.name, row.taste.tolist())).encode())
+    return digest.hexdigest()
+
+
+def _weights(base: OpenBase) -> str:
+    """A name for what decides the base's answers: its weights, their type, its tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(f"{base.tokenizer.chat_template}{len(base.tokenizer)}".encode())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,213 @@
+"""Sampling: answers of a language model to prompts, each at a taste of its own, in batches.
+
+In:  an opened language model, bare or wearing a policy; prompts; tastes.
+Out: texts and their tokens; how far they are from the base, in nats.
+
+Each batch draws from a generator of its own name, so an interrupted sampling goes on to the same answers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from motet.alignment.policy import Worn
+from motet.alignment.trainers import OpenBase, own_randomness
+from motet.config import Section
+from motet.records import Turn, generator
+from motet.selector.backbone import batches
+
+Prompt = tuple[Turn, ...]
+
+
+class SamplingSettings(Section):
+    """How answers are drawn."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Most tokens of an answer; longer ones are cut there."""
+    max_prompt_tokens: int = Field(256, ge=8)
+    """Longer prompts lose their beginning."""
+    sampling_temperature: float = Field(0.7, gt=0)
+    """Below 1 the likely words become likelier (paper: 0.7)."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest words that hold this share of the probability; 1 draws from all (paper: 1)."""
+    batch_rows: int = Field(64, ge=1)
+    """Answers that are drawn at once."""
+
+
+class Answer(NamedTuple):
+    """One sampled answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """With the end token, where the model came to an end by itself."""
+
+
+class Distance(NamedTuple):
+    """How far answers are from the base model."""
+
+    kl: Float[Tensor, " answers"]
+    """Nats, summed over the answer's tokens; each token's divergence is exact, over the whole vocabulary."""
+    log_likelihood: Float[Tensor, " answers"]
+    """Of the answer under the base, nats per token; the exponential of its negative mean is the perplexity."""
+
+
+def sample(
+    base: OpenBase,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    seed: int,
+    *names: str | int,
+    worn: Worn | None = None,
+    tastes: Float[Tensor, "prompts latent"] | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """One answer to each prompt, in their order.
+
+    Args:
+        base: The language model.
+        prompts: Dialogues that end with the user's turn; a prompt that comes twice gets two answers.
+        settings: How to draw.
+        seed: With ``names`` it names the random numbers.
+        names: What this sampling is for.
+        worn: The policy that the model wears; left out, the model is asked as it stands.
+        tastes: One a prompt; left out, taste 0.
+        watch: Told (answers done, answers in all).
+    """
+    answers: list[Answer | None] = [None] * len(prompts)
+    done = 0
+    for rows, drawn in sampled(base, prompts, settings, seed, *names, worn=worn, tastes=tastes):
+        for row, answer in zip(rows, drawn, strict=True):
+            answers[row] = answer
+        done += len(rows)
+        if watch is not None:
+            watch(done, len(prompts))
+    return [answer for answer in answers if answer is not None]
+
+
+def sampled(
+    base: OpenBase,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    seed: int,
+    *names: str | int,
+    worn: Worn | None = None,
+    tastes: Float[Tensor, "prompts latent"] | None = None,
+    skip: int = 0,
+) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Batch after batch: which prompts, and their answers. ``skip`` leaves out batches that are known already."""
+    ids = [prompt_ids(base, prompt, settings.max_prompt_tokens) for prompt in prompts]
+    lengths = [len(row) + settings.max_new_tokens for row in ids]
+    budget = settings.batch_rows * max(lengths, default=1)
+    for number, rows in enumerate(_even(lengths, settings.batch_rows, budget)):
+        if number < skip:
+            continue
+        draw = int(torch.randint(2**31, (), generator=generator(seed, *names, "batch", number)))
+        if worn is not None:
+            worn.dial.turn(None if tastes is None else tastes[rows].to(base.device))
+        yield rows, _generate(base, worn, [ids[row] for row in rows], settings, draw)
+
+
+def _even(lengths: Sequence[int], rows: int, budget: int) -> Iterator[list[int]]:
+    """Batches of similar length with at most so many rows."""
+    for batch in batches(lengths, budget):
+        for start in range(0, len(batch), rows):
+            yield batch[start : start + rows]
+
+
+def prompt_ids(base: OpenBase, prompt: Prompt, most: int) -> list[int]:
+    """A prompt through the chat template, up to where the answer begins."""
+    messages = [turn._asdict() for turn in prompt]
+    found = base.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    return list(found["input_ids"])[-most:]
+
+
+def generation_settings(base: OpenBase, settings: SamplingSettings) -> Any:
+    """Everything that decides a draw is said; what a model brings along in generation_config.json is not used."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=settings.sampling_temperature,
+        top_k=0,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=base.tokenizer.eos_token_id,
+        pad_token_id=base.tokenizer.pad_token_id,
+        bos_token_id=base.tokenizer.bos_token_id,
+    )
+
+
+def _generate(
+    base: OpenBase, worn: Worn | None, rows: Sequence[list[int]], settings: SamplingSettings, seed: int
+) -> list[Answer]:
+    model = base.model if worn is None else worn.model
+    width, pad = max(map(len, rows)), base.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=base.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
+    training = model.training
+    model.eval()
+    try:
+        with own_randomness(), torch.no_grad():
+            torch.manual_seed(seed)
+            drawn = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=generation_settings(base, settings)
+            )
+    finally:
+        model.train(training)
+    return [_answer(base, row) for row in drawn[:, width:].tolist()]
+
+
+def _answer(base: OpenBase, tokens: list[int]) -> Answer:
+    end = base.tokenizer.eos_token_id
+    if end in tokens:
+        tokens = tokens[: tokens.index(end) + 1]
+    return Answer(base.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tuple(tokens))
+
+
+def distance(
+    base: OpenBase,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    settings: SamplingSettings,
+    worn: Worn | None = None,
+    tastes: Float[Tensor, "prompts latent"] | None = None,
+    token_budget: int = 2048,
+) -> Distance:
+    """KL of the policy from the base along answers that the policy gave, and what the base thinks of them.
+
+    The sum over an answer's tokens of KL(policy || base) given what stands before: averaged over answers drawn from the
+    policy at temperature 1 it is the KL of the two models; along answers drawn at a lower temperature it is that of the
+    path which was taken. Zero where nothing is worn.
+    """
+    asked = [prompt_ids(base, prompt, settings.max_prompt_tokens) for prompt in prompts]
+    lengths = [len(ids) + len(answer.tokens) for ids, answer in zip(asked, answers, strict=True)]
+    kl, likelihood = torch.zeros(len(answers)), torch.zeros(len(answers))
+    for rows in batches(lengths, token_budget):
+        width, first = max(lengths[row] for row in rows), min(len(asked[row]) for row in rows) - 1
+        ids = [[*asked[row], *answers[row].tokens, *[0] * (width - lengths[row])] for row in rows]
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor(ids, device=base.device), "use_cache": False, "logits_to_keep": width - first
+        }  # fmt: skip
+        with torch.inference_mode():
+            if worn is None:
+                before, after = base.model(**inputs).logits, None
+            else:
+                worn.dial.turn(None if tastes is None else tastes[rows].to(base.device))
+                after = worn.model(**inputs).logits
+                with worn.taken_off():
+                    before = worn.model(**inputs).logits
+        for place, row in enumerate(rows):
+            start, stop = len(asked[row]) - 1 - first, lengths[row] - 1 - first
+            if stop == start:
+                continue
+            known = before[place, start:stop].float().log_softmax(dim=-1)
+            truth = torch.tensor(answers[row].tokens, device=known.device)
+            likelihood[row] = known.gather(1, truth.unsqueeze(1)).mean().cpu()
+            if after is not None:
+                new = after[place, start:stop].float().log_softmax(dim=-1)
+                kl[row] = (new.exp() * (new - known)).sum().cpu()
+    return Distance(kl, likelihood)
