@@ -24,7 +24,7 @@ from torch import Tensor
 from motet.alignment.dpo import DPOOnTastes, Look, train_policy
 from motet.alignment.labels import Labels, LabelSettings, counts, label
 from motet.alignment.policy import Worn, start_policy
-from motet.alignment.sampling import Answer, SamplingSettings, distance, sample, sampled
+from motet.alignment.sampling import Answer, SamplingSettings, distance, sample, sample_through, weights_key
 from motet.alignment.trainers import OpenBase, open_base
 from motet.card import card
 from motet.config import Section, nearest, settings, write_atomically, write_toml
@@ -272,46 +272,15 @@ def _rank(prompt: Prompt, seed: int) -> str:
 def sample_candidates(
     base: OpenBase, prompts: Sequence[Prompt], asked: Asked, cache: Path, watcher: Watcher
 ) -> list[list[Answer]]:
-    """Answers of the bare base to each prompt, batch by batch through the cache.
-
-    The key of the cache is everything that decides an answer, so another method on the same prompts finds them there.
-    """
+    """Answers of the bare base to each prompt; another method on the same prompts finds them in the cache."""
     count = asked.labels.answers_per_prompt
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    parts = [_weights(base), asked.sampling.model_dump(mode="json"), asked.seed, [list(map(list, p)) for p in wanted]]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    path = cache / "answers" / f"{key}.jsonl"
-    known = _known(path)
-    found: list[Answer | None] = [None] * len(wanted)
-    for line in known:
-        for row, text, tokens in zip(line["rows"], line["texts"], line["tokens"], strict=True):
-            found[row] = Answer(text, tuple(tokens))
-    done = sum(len(line["rows"]) for line in known)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for rows, drawn in sampled(base, wanted, asked.sampling, asked.seed, "candidates", skip=len(known)):
-        line = {"rows": rows, "texts": [a.text for a in drawn], "tokens": [list(a.tokens) for a in drawn]}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for row, answer in zip(rows, drawn, strict=True):
-            found[row] = answer
-        done += len(rows)
-        watcher.stage("sampling", done, len(wanted))
-    complete = [answer for answer in found if answer is not None]
-    return [complete[start : start + count] for start in range(0, len(complete), count)]
 
+    def watch(done: int, total: int) -> None:
+        watcher.stage("sampling", done, total)
 
-def _known(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; what an interruption cut off is drawn again."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return lines
+    drawn = sample_through(cache, base, wanted, asked.sampling, asked.seed, "candidates", watch=watch)
+    return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
 
 def _looker(
@@ -379,17 +348,7 @@ def _write_pairs(out: Path, labels: Labels) -> None:
 
 
 def _identity(asked: Asked, labels: Labels, base: OpenBase) -> str:
-    digest = hashlib.sha256(json.dumps([asked.tables(), _weights(base)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([asked.tables(), weights_key(base)], sort_keys=True).encode())
     for row in labels.rows:
         digest.update(repr((row.pair, row.name, row.taste.tolist())).encode())
     return digest.hexdigest()
-
-
-def _weights(base: OpenBase) -> str:
-    """A name for what decides the base's answers: its weights, their type, its tokenizer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(f"{base.tokenizer.chat_template}{len(base.tokenizer)}".encode())
-    return digest.hexdigest()[:24]

@@ -6,7 +6,10 @@ Out: texts and their tokens; how far they are from the base, in nats.
 Each batch draws from a generator of its own name, so an interrupted sampling goes on to the same answers.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from motet.alignment.policy import Worn
 from motet.alignment.trainers import OpenBase, own_randomness
-from motet.config import Section
+from motet.config import Section, write_atomically
 from motet.records import Turn, generator
 from motet.selector.backbone import batches
 
@@ -109,6 +112,67 @@ def sampled(
         if worn is not None:
             worn.dial.turn(None if tastes is None else tastes[rows].to(base.device))
         yield rows, _generate(base, worn, [ids[row] for row in rows], settings, draw)
+
+
+def sample_through(
+    cache: Path,
+    base: OpenBase,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    seed: int,
+    *names: str | int,
+    worn: Worn | None = None,
+    tastes: Float[Tensor, "prompts latent"] | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """The same as :func:`sample`, kept on disk batch by batch: asked again, or after a Ctrl-C, it goes on from there.
+
+    The name of the file is everything that decides an answer: weights, adapter, tastes, prompts, settings, seed.
+    """
+    adapter = None if worn is None else hashlib.sha256(worn.adapter().packed()).hexdigest()
+    shown = [None if tastes is None else tastes.tolist(), [list(map(list, prompt)) for prompt in prompts]]
+    parts = [weights_key(base), adapter, settings.model_dump(mode="json"), seed, list(names), shown]
+    path = cache / "answers" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.jsonl"
+    found: list[Answer | None] = [None] * len(prompts)
+    lines = _whole_lines(path)
+    for line in lines:
+        for row, text, tokens in zip(line["rows"], line["texts"], line["tokens"], strict=True):
+            found[row] = Answer(text, tuple(tokens))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for rows, drawn in sampled(base, prompts, settings, seed, *names, worn=worn, tastes=tastes, skip=len(lines)):
+        line = {"rows": rows, "texts": [a.text for a in drawn], "tokens": [list(a.tokens) for a in drawn]}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for row, answer in zip(rows, drawn, strict=True):
+            found[row] = answer
+        if watch is not None:
+            watch(len(found) - found.count(None), len(prompts))
+    return [answer for answer in found if answer is not None]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """What is kept; a line that an interruption cut off is taken away, and drawn again."""
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            break
+    return lines
+
+
+def weights_key(base: OpenBase) -> str:
+    """A name for what decides a base's answers: its weights, their type, its tokenizer and template."""
+    digest = hashlib.sha256()
+    bare = {name.replace(".base_layer", ""): t for name, t in base.model.state_dict().items() if ".lora_" not in name}
+    for name, tensor in sorted(bare.items()):  # the same whether it wears an adapter or not
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(f"{base.tokenizer.chat_template}{len(base.tokenizer)}".encode())
+    return digest.hexdigest()[:24]
 
 
 def _even(lengths: Sequence[int], rows: int, budget: int) -> Iterator[list[int]]:
