@@ -3,14 +3,14 @@
 In:  a policy folder, a run of feddpo, a stock PEFT adapter, or the word ``base``; a taste in words, or a few choices.
 Out: answers at that taste, whole or as they grow; an ordinary PEFT adapter of that taste.
 
-A taste in words is a prototype's name (``helpful``, ``p0``), a mixture (``0.7*p0+0.3*p1``), ``none`` (taste 0), or a
-file with a person's choices, from which the taste is inferred without training.
+A taste in words is a prototype's name (``helpful``, ``p0``), a mixture (``0.7*p0+0.3*p1``), ``base`` (the base model),
+or a file with a person's choices, from which the taste is inferred without training.
 """
 
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,19 @@ class Taste:
 
     label: str
     vector: Float[Tensor, " latent"] | None
-    """``None`` is taste 0."""
+    """``None`` where the policy knows no taste, and for the base."""
     shares: Mapping[str, float]
     """Of each prototype in it; empty where it is no mixture of prototypes."""
     said: tuple[str, ...] = ()
     """What the user should know of it."""
     unsure: bool = False
     """The choices that it was inferred from do not say much."""
+    bare: bool = False
+    """Not a taste: the base model, without the policy."""
+
+
+BARE = Taste("base", None, {}, bare=True)
+"""The base model, without any policy."""
 
 
 def open_policy(where: Path | str, base: str | None = None) -> Policy:
@@ -197,6 +203,16 @@ def dressed(base: OpenBase, policy: Policy) -> Iterator[Worn | None]:
         yield worn
 
 
+@contextlib.contextmanager
+def bared(worn: Worn | None) -> Iterator[None]:
+    """The policy off for a while; nothing where there is none."""
+    if worn is None:
+        yield
+        return
+    with worn.taken_off():
+        yield
+
+
 def parse_taste(policy: Policy, text: str, cache: Path) -> Taste:
     """A taste from what a user wrote; see the top of this file.
 
@@ -204,10 +220,14 @@ def parse_taste(policy: Policy, text: str, cache: Path) -> Taste:
         ConfigError: The policy knows no such taste.
         DataError: The file holds no choices.
     """
-    if text.strip().casefold() in ("none", "base") or (not policy.names and text.strip() == ""):
-        return Taste("none", None, {})
-    if not policy.names and not (policy.folder and (policy.folder / SELECTOR).exists()):
-        raise ConfigError(f"this policy knows no tastes, got {text!r}; leave --taste out, or give none")
+    if text.strip().casefold() == "base":
+        return BARE
+    if not policy.names:
+        if text.strip():
+            raise ConfigError(f"this policy knows no tastes, got {text!r}; leave --taste out, or give base")
+        return Taste("–", None, {})
+    if not text.strip():
+        raise ConfigError(f"--taste is needed, got none; this policy knows {_tags(policy)}, and base")
     if text.endswith((".jsonl", ".json", ".parquet")) or Path(text).is_file():
         path = Path(text)
         if not path.is_file():
@@ -219,18 +239,17 @@ def parse_taste(policy: Policy, text: str, cache: Path) -> Taste:
         said.append(
             f"the weights sum to {total:g}; tastes were trained as mixtures that sum to 1, this one goes beyond"
         )
-    vector = sum(share * policy.tastes[policy.names.index(name)] for name, share in shares.items())
-    label = " + ".join(f"{share:g} {name}" for name, share in shares.items())
-    return Taste(label, torch.as_tensor(vector), shares, tuple(said))
+    return replace(mixture(policy, shares), said=tuple(said))
 
 
 def mixture(policy: Policy, shares: Mapping[str, float]) -> Taste:
-    """The taste that is so much of each prototype."""
+    """The taste that is so much of each prototype; no share at all is the base."""
     kept = {name: float(share) for name, share in shares.items() if share}
     if not kept:
-        return Taste("none", None, {})
-    vector = sum(share * policy.tastes[policy.names.index(name)] for name, share in kept.items())
-    return Taste(" + ".join(f"{share:g} {name}" for name, share in kept.items()), torch.as_tensor(vector), kept)
+        return BARE
+    vector = torch.stack([share * policy.tastes[policy.names.index(name)] for name, share in kept.items()]).sum(dim=0)
+    only = next(iter(kept)) if list(kept.values()) == [1.0] else None
+    return Taste(only or "+".join(f"{share:g}*{name}" for name, share in kept.items()), vector, kept)
 
 
 def _mixture(policy: Policy, text: str) -> dict[str, float]:
@@ -247,10 +266,15 @@ def _mixture(policy: Policy, text: str) -> dict[str, float]:
                 f"got {text!r}: {weight.strip()!r} is no number"
             ) from None
         if name not in known:
-            tags = ", ".join(f"{name} (p{i})" for i, name in enumerate(policy.names))
-            raise ConfigError(f"unknown taste {name!r} in --taste {text!r}; this policy knows {tags}, and none")
+            raise ConfigError(
+                f"unknown taste {name!r} in --taste {text!r}; this policy knows {_tags(policy)}, and base"
+            )
         shares[known[name]] = shares.get(known[name], 0.0) + share
     return shares
+
+
+def _tags(policy: Policy) -> str:
+    return ", ".join(f"{name} (p{i})" for i, name in enumerate(policy.names))
 
 
 def person_taste(policy: Policy, choices: Sequence[Pair], cache: Path, label: str = "you") -> Taste:
@@ -304,7 +328,8 @@ def answers_at(
 ) -> list[Answer]:
     """One answer to each prompt at one taste."""
     tastes = None if taste.vector is None else taste.vector.expand(len(prompts), -1)
-    return sample(base, prompts, settings, seed, "say", worn=worn, tastes=tastes)
+    with bared(worn if taste.bare else None):
+        return sample(base, prompts, settings, seed, "say", worn=None if taste.bare else worn, tastes=tastes)
 
 
 def stream(
@@ -312,13 +337,13 @@ def stream(
 ) -> Iterator[str]:
     """The answer so far, again and again as it grows; token by token, so that several can be asked in turn."""
     ids = torch.tensor([prompt_ids(base, prompt, settings.max_prompt_tokens)], device=base.device)
-    model = base.model if worn is None else worn.model
     draw = torch.Generator().manual_seed(seed)
     cache, tokens = None, []
     for _ in range(settings.max_new_tokens):
-        if worn is not None:
-            worn.dial.turn(None if taste.vector is None else taste.vector.to(base.device))
-        with torch.inference_mode():
+        with torch.inference_mode(), bared(worn if taste.bare else None):
+            if worn is not None:
+                worn.dial.turn(None if taste.vector is None else taste.vector.to(base.device))
+            model = base.model if worn is None else worn.model
             seen = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = seen.past_key_values
         chances = (seen.logits[0, -1].float().cpu() / settings.sampling_temperature).softmax(dim=-1)
