@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -342,6 +342,7 @@ def trl_dpo() -> tuple[Any, Any]:
     return Trainer, DPOConfig
 
 
+@runtime_checkable
 class DPOSteps(Protocol):
     """What every kind of DPO says of its steps."""
 
