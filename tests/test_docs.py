@@ -196,10 +196,15 @@ def test_the_page_of_settings_is_what_the_script_prints(monkeypatch: pytest.Monk
 def all_tables() -> list[tuple[str, Any, Mapping[str, Any]]]:
     """Every table of settings, with what preset ``paper`` sets in it."""
     from motet.algorithms import ALGORITHMS
+    from motet.evaluation.judges import JudgeSettings
     from motet.experiment import PRESETS, TABLES
 
     own = [(f"algorithm of {name}", method.settings, method.paper) for name, method in ALGORITHMS.items()]
-    return [(name, kind, PRESETS["paper"].get(name, {})) for name, kind in TABLES.items()] + own
+    return (
+        [(name, kind, PRESETS["paper"].get(name, {})) for name, kind in TABLES.items()]
+        + own
+        + [("judge", JudgeSettings, {})]
+    )
 
 
 def test_every_setting_has_a_meaning() -> None:

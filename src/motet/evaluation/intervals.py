@@ -1,0 +1,67 @@
+"""Intervals that count prompts, not answers: several answers to one prompt are not so many witnesses.
+
+In:  scores between 0 and 1, and the prompt behind each.
+Out: their mean with a 95 % interval, and how many prompts a planned width needs.
+
+Wilson 1927, Probable inference, the law of succession, and statistical inference, JASA 22:209-212. Two departures:
+1. the number of trials is the effective number of prompts (Kish 1965, Survey sampling), not that of scores;
+2. a score may be anything between 0 and 1, such as a tie of 1/2 or the mean of several seeds. Its variance is then at
+   most that of a coin of the same mean, so the interval is on the wide side, never on the narrow one. Unlike a
+   bootstrap, it does not shrink to a point where all scores are equal.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+Z = 1.959963984540054
+"""The standard normal lies within this distance of 0 in 95 % of all draws."""
+
+
+def wilson(rate: float, trials: float) -> tuple[float, float]:
+    """The 95 % interval of a share.
+
+    Args:
+        rate: The share that was seen, 0 to 1.
+        trials: How many independent trials it was seen in, above 0; need not be whole.
+    """
+    spread = Z**2 / trials
+    centre = (rate + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def effective(groups: Sequence[str]) -> float:
+    """How many independent trials scores of these prompts are worth: Kish's (sum m)² / sum m², m scores a prompt.
+
+    That is the number of prompts where each has as many scores as any other, and fewer where some have more.
+    """
+    counts = Counter(groups).values()
+    return sum(counts) ** 2 / sum(count**2 for count in counts)
+
+
+def by_prompt(scores: Sequence[float], groups: Sequence[str]) -> tuple[float, float, float]:
+    """Mean of the scores and its 95 % interval.
+
+    Args:
+        scores: Between 0 and 1, at least one.
+        groups: Prompt of each.
+    """
+    rate = sum(scores) / len(scores)
+    return (rate, *wilson(rate, effective(groups)))
+
+
+def prompts_for(half_width: float, rate: float) -> int:
+    """The fewest prompts with which the interval of :func:`wilson` is no wider than twice ``half_width``."""
+
+    def wide(prompts: int) -> bool:
+        low, high = wilson(rate, prompts)
+        return high - low > 2 * half_width
+
+    few, many = 0, 1
+    while wide(many):
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if wide(middle) else (few, middle)
+    return many
