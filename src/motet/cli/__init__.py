@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from motet.cli import machine, runs
+from motet.cli import machine, policies, runs
 from motet.cli.console import print_error, print_warning
 from motet.errors import MotetError
 
@@ -92,6 +92,11 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "sweep": runs.sweep,
     "report": runs.report,
     "choose": runs.choose,
+    "align": policies.align,
+    "say": policies.say,
+    "export": policies.export,
+    "judge": policies.judge,
+    "play": policies.play,
     "bench": machine.bench,
     "papers": machine.papers,
 }
