@@ -1,24 +1,29 @@
 """The page with the dial: its parts without a browser, and all of it in a real one."""
 
+import gc
 import importlib.util
 import os
 import re
 import shutil
 import socket
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from motet.errors import ConfigError, RunError
+from motet.play import build, start
 from motet.play.contract import Map, Person, Playable
 from motet.play.dial import BASE, DIAL, MOST, STEP, choices, in_turns, on_sliders, proportions, tastes
 from motet.play.pieces import answers, blend, escaped, map_picture, mixture, sentence, shares, tint
-from motet.play.server import OwnPageOnly, need_gradio, serve
+from motet.play.server import QUIET, OwnPageOnly, need_gradio, serve
 from motet.play.teaching import begin, chosen
 
 gradio = pytest.mark.skipif(
@@ -335,14 +340,27 @@ def test_without_gradio_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyP
     assert str(caught.value) == "motet play needs gradio; run: pip install 'motet[play]'"
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """gradio, imported as the server does it. What it warns of, and the event loop that it leaves, are not ours."""
+    for name in ("NO_PROXY", *QUIET):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    need_gradio()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import gradio  # noqa: F401
+
+        yield
+        gc.collect()
+
+
 # the page
 
 
 @gradio
-def test_a_model_without_prototypes_has_no_dial(monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet_gradio(monkeypatch)
-    from motet.play.page import build
-
+@pytest.mark.slow
+@pytest.mark.usefixtures("quiet")
+def test_a_model_without_prototypes_has_no_dial() -> None:
     session = Fake()
     session.names = ()  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="the dial needs at least one prototype, got none in 'voices by fedvpa, Smol"):
@@ -350,8 +368,9 @@ def test_a_model_without_prototypes_has_no_dial(monkeypatch: pytest.MonkeyPatch)
 
 
 @gradio
-def test_sentences_for_what_cannot_be_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quiet_gradio(monkeypatch)
+@pytest.mark.slow
+@pytest.mark.usefixtures("quiet")
+def test_sentences_for_what_cannot_be_done(tmp_path: Path) -> None:
     from motet.play.page import Handlers
 
     do = Handlers(Fake())
@@ -363,7 +382,7 @@ def test_sentences_for_what_cannot_be_done(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "the seed must be a whole number of 0 or more, got nothing" in said("hi", [BASE], 32, None, 0, 0, 0)
     assert "the seed must be a whole number of 0 or more, got -1" in said("hi", [BASE], 32, -1, 0, 0, 0)
     assert "was the folder copied whole?" in said("break", [BASE], 32, 0, 0, 0, 0)
-    assert said("hi", [BASE], 32, 0, 0, 0, 0) == ""
+    assert next(iter(do.answer("hi", [BASE], 32, 0, 0, 0, 0)))[1] == "", "an old sentence goes"
     assert "the folder must not be empty; name one, such as my-taste" in do.export("", 1, 0, 0)
     assert "which is the base model" in do.export("somewhere", 0, 0, 0)
     assert "exists; name a new folder" in do.export(str(tmp_path), 1, 0, 0)
@@ -371,16 +390,45 @@ def test_sentences_for_what_cannot_be_done(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "cannot be written: Not a directory; name another folder" in do.export(str(tmp_path / "file" / "x"), 1, 0, 0)
 
 
-def quiet_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Import it as the server does; what it warns of on import is not ours."""
-    import warnings
+@gradio
+@pytest.mark.slow
+@pytest.mark.usefixtures("quiet")
+def test_serving_prints_an_address_of_this_computer_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gradio
 
-    for name in ("NO_PROXY", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
-    need_gradio()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import gradio  # noqa: F401
+    served: list[Any] = []
+    monkeypatch.setitem(sys.modules, "motet.policies", SimpleNamespace(open_playable=lambda folder, cache: Fake()))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: served.append(page))
+    serve(tmp_path, None, 0, False)
+    (page,) = served
+    try:
+        said = re.fullmatch(
+            r"voices by fedvpa, SmolLM2-135M: (http://127\.0\.0\.1:(\d+)/)  \(Ctrl-C ends it\)\n",
+            capsys.readouterr().out,
+        )
+        assert said is not None
+        assert status(int(said[2]), {}) == 200
+        assert status(int(said[2]), {"Host": "example.org"}) == 403
+        assert status(int(said[2]), {"Origin": "http://127.0.0.1:1"}) == 403
+        assert {socket_.getsockname()[0] for server in page.server.servers for socket_ in server.sockets} == {
+            "127.0.0.1"
+        }
+        with pytest.raises(ConfigError, match=f"port must be a free one, got {said[2]}: .*; 0 looks for one"):
+            start(build(Fake()), int(said[2]))
+    finally:
+        page.close()
+
+
+def status(port: int, headers: dict[str, str]) -> int:
+    from http.client import HTTPConnection
+
+    asking = HTTPConnection("127.0.0.1", port, timeout=20)
+    asking.request("GET", "/", headers=headers)
+    found = asking.getresponse().status
+    asking.close()
+    return found
 
 
 # in a browser
@@ -407,17 +455,14 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @gradio
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # gradio's and its server's own
-def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, connected: list[str]) -> None:
+@pytest.mark.usefixtures("quiet")
+def test_the_page_in_a_browser(tmp_path: Path, connected: list[str]) -> None:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is missing; pip install 'motet[browser]'"
     )
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if binary is None:
         pytest.skip("there is no chromium on the path")
-    quiet_gradio(monkeypatch)
-    from motet.play import build, start
-
     session = Fake()
     page = build(session)
     address = start(page)
@@ -463,6 +508,7 @@ def visit(view: Any, expect: Any, session: Fake, tmp_path: Path) -> None:
     """One person: asks, moves the dial, teaches, uses the taste, exports, makes mistakes."""
     sliders = [view.get_by_role("slider", name=f"range slider for {name}") for name in NAMES]
     answer = view.get_by_role("button", name="Answer", exact=True)
+    expect(sliders[0]).to_have_value("0.35")  # a third, at the nearest step
     # a mistake first
     answer.click()
     expect(view.get_by_role("alert")).to_contain_text("the prompt must not be empty; write a question")
@@ -497,6 +543,11 @@ def visit(view: Any, expect: Any, session: Fake, tmp_path: Path) -> None:
     answer.click()
     stop = view.get_by_role("button", name="Stop")
     expect(stop).to_be_enabled()
+    growing = view.get_by_role("region", name="Answer of base model")
+    expect(growing).to_have_attribute("aria-busy", "true")
+    so_far = growing.inner_text()
+    expect(growing).not_to_have_text(so_far)
+    assert growing.inner_text().startswith(so_far)
     stop.click()
     expect(view.get_by_text("Stopped.")).to_be_visible()
     expect(stop).to_be_disabled()
@@ -512,6 +563,8 @@ def visit(view: Any, expect: Any, session: Fake, tmp_path: Path) -> None:
     texts = {view.get_by_role("region", name=f"Answer of {name}").inner_text() for name in tastes_shown}
     assert len(texts) == 5
     assert session.asked[-1] == {NAMES[0]: 0.8, NAMES[1]: 0.15, NAMES[2]: 0.35}
+    view.mouse.move(5, 5)
+    view.wait_for_timeout(400)  # the button's colour fades
     view.screenshot(path=tmp_path / "dial.png", full_page=True)
     # a mistake of the model
     view.get_by_role("textbox", name="Prompt").fill("break")

@@ -41,7 +41,7 @@ class Handlers:
 
     def answer(
         self, prompt: str, ticked: Sequence[str], length: float, seed: float | None, *weights: float
-    ) -> Iterator[tuple[Any, str, Any]]:
+    ) -> Iterator[tuple[Any, Any, Any]]:
         """Answers as they grow; the sentence; the button to stop."""
         import gradio as gr
 
@@ -59,8 +59,8 @@ class Handlers:
                 if turn.running and monotonic() - last < PAUSE:
                     continue
                 last = monotonic()
-                yield answers(choices(names), turn.texts, turn.running, notes), "", on
-            yield gr.skip(), "", off
+                yield answers(choices(names), turn.texts, turn.running, notes), gr.skip(), gr.skip()
+            yield gr.skip(), gr.skip(), off  # the sentence is left alone: it may say by now that the person stopped
         except MotetError as error:
             yield gr.skip(), sentence(str(error), "wrong"), off
 
@@ -166,6 +166,7 @@ def build(session: Playable) -> Any:
             "train with a method that has prototypes, such as fedvpa"
         )
     do = Handlers(session)
+    even = on_sliders(names, dict.fromkeys(names, 1 / len(names)))  # at 0 the dial would say what the base model says
     calm: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     model: dict[str, Any] = {**calm, "concurrency_id": "model", "concurrency_limit": 1}  # it answers one page at a time
     with gr.Blocks(title=f"motet play: {session.title}", analytics_enabled=False) as page:
@@ -177,12 +178,12 @@ def build(session: Playable) -> Any:
                     gr.HTML("<h2>Your dial</h2>")
                     sliders = [
                         gr.Slider(
-                            0, 1, value=0, step=STEP, label=name, interactive=True, buttons=[],
+                            0, 1, value=even[place], step=STEP, label=name, interactive=True, buttons=[],
                             elem_classes=["taste", f"c{place % 8}"],
                         )
                         for place, name in enumerate(names)
                     ]  # fmt: skip
-                    mixed = gr.HTML(mixture(names, [0] * len(names)))
+                    mixed = gr.HTML(mixture(names, even))
                     gr.HTML("<h2>Answers</h2>")
                     length = gr.Slider(*LENGTHS[:2], value=LENGTHS[2], step=16, label="Length, in tokens", buttons=[])
                     seed = gr.Number(0, label="Seed", precision=0)
@@ -226,7 +227,7 @@ def build(session: Playable) -> Any:
                     "<h2>Write the dial as an adapter</h2><p class='note'>A stock PEFT adapter with the mixture of the "
                     "sliders. It loads without motet.</p>"
                 )
-                exported = gr.HTML(mixture(names, [0] * len(names)))
+                exported = gr.HTML(mixture(names, even))
                 folder = gr.Textbox(label="Folder", value=FOLDER, max_lines=1, info="New, or one that motet wrote.")
                 with gr.Row(elem_classes="buttons"):
                     write = gr.Button("Write the adapter", variant="primary", scale=0, min_width=180)
