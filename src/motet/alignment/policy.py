@@ -96,7 +96,7 @@ def start_policy(
     """
     pattern = re.compile(target_pattern(base.model, settings.lora_targets))
     count, latent = prototypes.shape if len(prototypes) else (0, 0)
-    scale = float(prototypes.norm(dim=1).mean()) if count else 1.0
+    scale = (float(prototypes.norm(dim=1).mean()) if count else 0.0) or 1.0  # all tastes may be 0
     opened = torch.zeros(settings.lora_rank, latent)
     if count:
         # least norm among the maps that give each prototype its column: what no prototype spans, no gate sees
@@ -113,10 +113,15 @@ def start_policy(
 
 
 def _patterns(rank: int, prototypes: int, random: torch.Generator) -> Float[Tensor, "rank prototypes"]:
-    """+1 and -1; columns orthogonal where the rank allows it, else drawn."""
+    """+1 and -1; columns orthogonal where the rank allows it, else drawn; no two alike while there are others."""
     if rank & (rank - 1) == 0 and prototypes < rank:  # Hadamard matrices of powers of two; the first column is all ones
         return torch.tensor(hadamard(rank)[:, 1 : prototypes + 1], dtype=torch.float32)
-    return 2.0 * (torch.rand(rank, prototypes, generator=random) < 0.5) - 1.0
+    found: list[tuple[float, ...]] = []
+    while len(found) < prototypes:
+        column = tuple((2.0 * (torch.rand(rank, generator=random) < 0.5) - 1.0).tolist())
+        if column not in found or len(found) >= 2**rank:
+            found.append(column)
+    return torch.tensor(found).T
 
 
 def fold(adapter: TasteAdapter, taste: Float[Tensor, " latent"] | None) -> dict[str, Tensor]:
@@ -239,7 +244,8 @@ def _check(layers: Mapping[str, Any], adapter: TasteAdapter) -> None:
         name: (tuple(layer.lora_A["default"].weight.shape), tuple(layer.lora_B["default"].weight.shape))
         for name, layer in layers.items()
     }
-    got = {name: (tuple(adapter.down[name].shape), tuple(adapter.up[name].shape)) for name in adapter.down}
+    whole = adapter.down.keys() & adapter.up.keys() & adapter.gates.keys()
+    got = {name: (tuple(adapter.down[name].shape), tuple(adapter.up[name].shape)) for name in whole}
     if wanted != got:
         odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))[0]
         raise MessageError(

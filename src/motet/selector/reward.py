@@ -19,7 +19,7 @@ from torch import Tensor
 
 from motet.errors import RunError
 from motet.records import Turn
-from motet.selector.backbone import Backbone, open_backbone
+from motet.selector.backbone import Backbone, BackboneSettings, open_backbone
 from motet.selector.features import embeddings
 from motet.selector.rewards import CONFIG as REWARDS
 from motet.selector.rewards import LinearRewards, load_rewards
@@ -153,7 +153,13 @@ class CallableReward:
             RunError: It gave another number of scores, or one that is not finite.
         """
         _blind(self.name, images)
-        scores = torch.tensor([float(score) for score in self.function(prompts, answers)])
+        try:
+            scores = torch.tensor([float(score) for score in self.function(prompts, answers)])
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"the reward {self.name!r} must give one finite number an answer: {len(answers)} answers, got "
+                f"something else ({error}); mend the function"
+            ) from error
         if len(scores) != len(answers) or not bool(scores.isfinite().all()):
             raise RunError(
                 f"the reward {self.name!r} must give one finite number an answer: {len(answers)} answers, got "
@@ -193,15 +199,19 @@ def open_reward(folder: Path, cache: Path) -> SelectorReward | LinearReward:
                 f"the rewards in {str(folder)!r} cannot score answers for everybody: they are {rewards.how!r} for each "
                 "pair or person; give a run of fedvpa, fedvpl, fedbiscuit, mixture-em or shared"
             )
+        _single(settings, f"the rewards in {str(folder)!r} read")
         backbone = _same(open_backbone(settings, cache), fingerprint, folder)
         return LinearReward(rewards, backbone, cache, name=rewards.how)
     selector, settings, fingerprint = load_selector(folder)
+    _single(settings, f"the selector in {str(folder)!r} reads")
+    return SelectorReward(selector, _same(open_backbone(settings, cache), fingerprint, folder), cache)
+
+
+def _single(settings: BackboneSettings, whose: str) -> None:
     if settings.choice_log_odds:
         raise RunError(
-            f"the selector in {str(folder)!r} reads choice log-odds, which exist of two answers, never of one; "
-            "give a run without choice_log_odds"
+            f"{whose} choice log-odds, which exist of two answers, never of one; give a run without choice_log_odds"
         )
-    return SelectorReward(selector, _same(open_backbone(settings, cache), fingerprint, folder), cache)
 
 
 def _same(backbone: Backbone, fingerprint: str, folder: Path) -> Backbone:
