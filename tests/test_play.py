@@ -399,7 +399,7 @@ def test_serving_prints_an_address_of_this_computer_only(
     import gradio
 
     served: list[Any] = []
-    monkeypatch.setitem(sys.modules, "motet.policies", SimpleNamespace(open_playable=lambda folder, cache: Fake()))
+    monkeypatch.setattr("motet.play.server.open_session", lambda folder, cache: Fake())
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: served.append(page))
     serve(tmp_path, None, 0, False)
     (page,) = served

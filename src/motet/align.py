@@ -3,17 +3,17 @@
 In:  the folder of a run (its selector or rewards), a base model, public prompts.
 Out: a policy folder: the taste-gated adapter, its tastes, how it was trained, a model card. See ``docs/policies.md``.
 
-Answers are sampled from the base on public prompts and kept in the cache, so a second method on the same prompts pays
-for labels and steps only. The reward labels them under each prototype and under mixtures; DPO or GRPO does the rest.
+For DPO, answers are sampled from the base on public prompts and kept in the cache, and the reward labels them under
+each prototype and under mixtures. For GRPO the policy itself answers, and the reward scores what it says.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,10 +21,12 @@ from pydantic import Field
 from safetensors.torch import load
 from torch import Tensor
 
-from motet.alignment.dpo import DPOOnTastes, Look, train_policy
+from motet.alignment.dpo import DPOOnTastes, train_policy
+from motet.alignment.grpo import GRPOOnTastes, train_policy_grpo
 from motet.alignment.labels import Labels, LabelSettings, counts, label
-from motet.alignment.policy import Worn, start_policy
+from motet.alignment.policy import TasteAdapter, Worn, start_policy
 from motet.alignment.sampling import Answer, SamplingSettings, distance, sample, sample_through, weights_key
+from motet.alignment.stretches import Look, PolicySettings, Trained
 from motet.alignment.trainers import OpenBase, open_base
 from motet.card import card
 from motet.config import Section, nearest, settings, write_atomically, write_toml
@@ -36,12 +38,14 @@ from motet.experiment import Settings, locked, resolve
 from motet.policies import ABOUT, base_settings, write_policy
 from motet.records import Turn, generator, prompt_group
 from motet.selector.backbone import find_device, find_dtype, model_folder
-from motet.selector.reward import RewardModel, SelectorReward, open_reward
+from motet.selector.reward import LinearReward, RewardModel, SelectorReward, open_reward
+from motet.selector.rewards import TENSORS as REWARDS
 from motet.selector.trained import CONFIG as SELECTOR_CONFIG
 from motet.selector.trained import TENSORS as SELECTOR
 
 Prompt = tuple[Turn, ...]
 CHECKPOINT, STEPS, ALIGN = "checkpoint.safetensors", "steps.jsonl", "align.toml"
+POSTERIORS = "posteriors.safetensors"
 
 
 class AlignSettings(Section):
@@ -64,6 +68,7 @@ class AlignSettings(Section):
     """``auto`` takes a GPU if there is one; or a torch device such as ``cpu``."""
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Whoever looks on."""
 
@@ -91,7 +96,9 @@ class Asked:
     align: AlignSettings
     sampling: SamplingSettings
     labels: LabelSettings
+    policy: PolicySettings
     dpo: DPOOnTastes
+    grpo: GRPOOnTastes
     seed: int = 0
 
     def tables(self) -> dict[str, Any]:
@@ -103,7 +110,9 @@ TABLES: dict[str, type[Section]] = {
     "align": AlignSettings,
     "sampling": SamplingSettings,
     "labels": LabelSettings,
+    "policy": PolicySettings,
     "dpo": DPOOnTastes,
+    "grpo": GRPOOnTastes,
 }
 
 
@@ -166,21 +175,10 @@ def align(
         folder = model_folder(base_settings(model), cache)
         base = open_base(folder, str(place), find_dtype(asked.align.align_dtype, place))
         looking = _looker(base, reward, validation, names, tastes, asked, watcher)
-        start = start_policy(base, asked.dpo, tastes, generator(asked.seed, "adapter"))
-        candidates = sample_candidates(base, training, asked, cache, watcher)
-        texts = [[answer.text for answer in some] for some in candidates]
-        watcher.said("labelling the answers under every taste")
-        labels = label(training, texts, reward, tastes, names, asked.labels, asked.seed)
-        watcher.said(_told(labels, len(training)))
-        _write_pairs(out, labels)
-        identity = _identity(asked, labels, base)
-
-        def stepped(step: int, row: Mapping[str, float]) -> None:
-            watcher.looked(row) if row else watcher.stage("training", step, asked.dpo.steps)
-
-        trained = train_policy(
-            base, start, labels.rows, asked.dpo, asked.seed, looking, out / CHECKPOINT, identity, stepped
-        )
+        start = start_policy(base, asked.policy, tastes, generator(asked.seed, "adapter"))
+        ready = Ready(base, start, training, reward, names, tastes)
+        by = _by_grpo if asked.align.by == "grpo" else _by_dpo
+        trained, figures = by(ready, asked, run, out, cache, looking, watcher)
         write_atomically(out / STEPS, "".join(json.dumps(row) + "\n" for row in trained.log).encode())
         best = next(row for row in trained.log if row["step"] == trained.step)
         notes = {
@@ -188,17 +186,71 @@ def align(
             "data": settled.data.model_dump(mode="json"), "run_seed": settled.seed, "seed": asked.seed,
             "taste_names": list(names),
             "figures": {
-                "steps": trained.step, "gain_nats": best["gain"], "kl_nats": best["kl"], "pairs": len(labels.rows),
-                "opposed_pairs": labels.opposed, "parameters": trained.adapter.numbers(),
+                "steps": trained.step, "gain_nats": best["gain"], "kl_nats": best["kl"], **figures,
+                "parameters": trained.adapter.numbers(),
                 "seconds": round(time.perf_counter() - began, 1),
             },
             "trained_on": sorted({prompt_group(prompt) for prompt in (*training, *validation)}),
         }  # fmt: skip
-        for name in (SELECTOR, SELECTOR_CONFIG) if (run / SELECTOR).exists() else ():
-            write_atomically(out / name, (run / name).read_bytes())
+        for name in (SELECTOR, SELECTOR_CONFIG, POSTERIORS):
+            if (run / name).exists():
+                write_atomically(out / name, (run / name).read_bytes())
         write_atomically(out / "README.md", card(notes, base.name, "", {}).encode())
         write_policy(out, trained.adapter, tastes, names, notes)
         return notes
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What either training starts from."""
+
+    base: OpenBase
+    start: TasteAdapter
+    prompts: Sequence[Prompt]
+    reward: SelectorReward | LinearReward
+    names: tuple[str, ...]
+    tastes: Float[Tensor, "tastes latent"]
+
+
+def _by_dpo(
+    ready: Ready, asked: Asked, run: Path, out: Path, cache: Path, looking: Callable[[Worn], Look], watcher: Watcher
+) -> tuple[Trained, dict[str, int]]:
+    """On pairs of the base's answers, labelled by the reward; and what there was to train on."""
+    candidates = sample_candidates(ready.base, ready.prompts, asked, cache, watcher)
+    texts = [[answer.text for answer in some] for some in candidates]
+    watcher.said("labelling the answers under every taste")
+    labels = label(ready.prompts, texts, ready.reward, ready.tastes, ready.names, asked.labels, asked.seed)
+    watcher.said(_told(labels, len(ready.prompts)))
+    _write_pairs(out, labels)
+    identity = _identity(asked, ready.base, [(row.pair, row.name, row.taste.tolist()) for row in labels.rows])
+    trained = train_policy(
+        ready.base, ready.start, labels.rows, asked.dpo, asked.policy, asked.seed, looking, out / CHECKPOINT, identity,
+        _stepped(watcher, asked.dpo.steps),
+    )  # fmt: skip
+    return trained, {"pairs": len(labels.rows), "opposed_pairs": labels.opposed}
+
+
+def _by_grpo(
+    ready: Ready, asked: Asked, run: Path, out: Path, cache: Path, looking: Callable[[Worn], Look], watcher: Watcher
+) -> tuple[Trained, dict[str, int]]:
+    """On the policy's own answers, scored by the reward as they come; and how many those are."""
+    answers = asked.grpo.grpo_steps * asked.grpo.groups_per_step * asked.grpo.group_size
+    watcher.said(f"{answers} answers of the policy, {asked.grpo.group_size} to each prompt and taste, will be scored")
+    parts = [ready.prompts, ready.tastes.tolist(), *(_digest(run / name) for name in (SELECTOR, REWARDS))]
+    reward = replace(ready.reward, cache=None)  # no answer comes twice, and a row read back may have other bits
+    trained = train_policy_grpo(
+        ready.base, ready.start, ready.prompts, ready.tastes, reward, asked.grpo, asked.policy, asked.sampling,
+        asked.seed, looking, out / CHECKPOINT, _identity(asked, ready.base, parts),
+        _stepped(watcher, asked.grpo.grpo_steps),
+    )  # fmt: skip
+    return trained, {"answers": answers}
+
+
+def _stepped(watcher: Watcher, steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    def stepped(step: int, row: Mapping[str, float]) -> None:
+        watcher.looked(row) if row else watcher.stage("training", step, steps)
+
+    return stepped
 
 
 def tastes_of(run: Path, reward: RewardModel, asked: Asked) -> tuple[tuple[str, ...], Float[Tensor, "tastes latent"]]:
@@ -212,7 +264,7 @@ def tastes_of(run: Path, reward: RewardModel, asked: Asked) -> tuple[tuple[str, 
         ), selector.prototypes
     from sklearn.cluster import KMeans
 
-    means = load((run / "posteriors.safetensors").read_bytes())["means"]
+    means = load((run / POSTERIORS).read_bytes())["means"]
     if len(means) < asked.align.tastes:
         raise ConfigError(f"tastes must be at most the number of people, {len(means)}, got {asked.align.tastes}")
     centres = KMeans(asked.align.tastes, n_init=10, random_state=asked.seed).fit(means.numpy()).cluster_centers_
@@ -238,7 +290,7 @@ def _run_settings(run: Path, data: str | None) -> Settings:
 
 def _prompts(deal: Deal, asked: Asked, watcher: Watcher) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and prompts to look at the policy with; no prompt is in both, nor in anybody's pairs."""
-    wanted = asked.align.prompts_used + asked.dpo.validation_prompts
+    wanted = asked.align.prompts_used + asked.policy.validation_prompts
     taken = {pair.group for person in deal.people for pair in (*person.train, *person.test)}
     taken |= {pair.group for pairs in deal.reserve.values() for pair in pairs}
     if asked.align.prompts is not None:
@@ -254,13 +306,13 @@ def _prompts(deal: Deal, asked: Asked, watcher: Watcher) -> tuple[list[Prompt], 
         order = [i for i in order if i < own] + [i for i in order if i >= own] if own < len(found) else order
     unique = list({prompt_group(found[i]): found[i] for i in reversed(order)}.items())[::-1]
     kept = [prompt for group, prompt in unique if group not in taken][:wanted]
-    if len(kept) < asked.dpo.validation_prompts + 2:
+    if len(kept) < asked.policy.validation_prompts + 2:
         raise DataError(
-            f"{len(kept)} prompts are left that stand in nobody's pairs, {asked.dpo.validation_prompts + 2} are needed "
-            "at least; give more with --set prompts=FILE or lower validation_prompts"
+            f"{len(kept)} prompts are left that stand in nobody's pairs, {asked.policy.validation_prompts + 2} are "
+            "needed at least; give more with --set prompts=FILE or lower validation_prompts"
         )
     kept.sort(key=lambda prompt: _rank(prompt, asked.seed))
-    split = asked.dpo.validation_prompts
+    split = asked.policy.validation_prompts
     watcher.said(f"{said}: {len(kept) - split} to train on, {split} to look at the policy with")
     return kept[split:], kept[:split]
 
@@ -347,8 +399,12 @@ def _write_pairs(out: Path, labels: Labels) -> None:
     write_atomically(out / "pairs.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def _identity(asked: Asked, labels: Labels, base: OpenBase) -> str:
+def _identity(asked: Asked, base: OpenBase, parts: Sequence[object]) -> str:
     digest = hashlib.sha256(json.dumps([asked.tables(), weights_key(base)], sort_keys=True).encode())
-    for row in labels.rows:
-        digest.update(repr((row.pair, row.name, row.taste.tolist())).encode())
+    for part in parts:
+        digest.update(repr(part).encode())
     return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

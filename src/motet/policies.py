@@ -277,7 +277,9 @@ def _tags(policy: Policy) -> str:
     return ", ".join(f"{name} (p{i})" for i, name in enumerate(policy.names))
 
 
-def person_taste(policy: Policy, choices: Sequence[Pair], cache: Path, label: str = "you") -> Taste:
+def person_taste(
+    policy: Policy, choices: Sequence[Pair], cache: Path, label: str = "you", chooser: Chooser | None = None
+) -> Taste:
     """The taste of somebody who chose so: the prototypes, weighed by how well each explains the choices.
 
     Where the method knows no prototypes, the mean of the posterior.
@@ -290,7 +292,7 @@ def person_taste(policy: Policy, choices: Sequence[Pair], cache: Path, label: st
         raise RunError("this policy keeps no selector, so it cannot infer a person's taste; name a taste instead")
     if not choices:
         raise DataError(f"{label} holds no choices; give JSON lines with prompt, chosen, rejected")
-    chooser = open_chooser(policy.folder, cache)
+    chooser = chooser or open_chooser(policy.folder, cache)
     if len(chooser.selector.prototypes):
         shares = prototype_shares(chooser, choices)
         best = int(shares.argmax())

@@ -44,10 +44,15 @@ class Map:
 class Playable(Protocol):
     """An aligned language model with a dial. Every method may raise a ``MotetError``; the page shows its sentence."""
 
-    title: str
-    """Such as ``voices by fedvpa, SmolLM2-135M``."""
-    names: tuple[str, ...]
-    """Names of the prototypes, each once."""
+    @property
+    def title(self) -> str:
+        """Such as ``voices by fedvpa, SmolLM2-135M``."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the prototypes, each once."""
+        ...
 
     def stream(self, prompt: str, shares: Mapping[str, float] | None, max_new_tokens: int, seed: int) -> Iterator[str]:
         """The answer so far, again and again as it grows. Several streams are read in turn.

@@ -8,7 +8,6 @@ to ask other addresses, even for a picture in an answer; and requests that anoth
 refused, for the export writes files.
 """
 
-import importlib
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from motet.errors import ConfigError
 from motet.play.contract import Playable
 from motet.play.page import build
+from motet.play.session import open_session
 
 HOST = "127.0.0.1"
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
@@ -110,7 +110,7 @@ def serve(folder: Path, cache: Path | None, port: int, open_browser: bool) -> No
     """Show the page of an aligned model until the person presses Ctrl-C.
 
     Args:
-        folder: What ``motet.policies.open_playable`` opens.
+        folder: What ``motet align`` wrote.
         cache: Feature cache.
         port: Of 127.0.0.1; 0 takes the first free one.
         open_browser: Show it in the browser.
@@ -120,7 +120,7 @@ def serve(folder: Path, cache: Path | None, port: int, open_browser: bool) -> No
         RunError: The folder holds no aligned model.
     """
     need_gradio()  # mistakes first: a language model takes seconds to open
-    session: Playable = importlib.import_module("motet.policies").open_playable(folder, cache)
+    session: Playable = open_session(folder, cache)
     page = build(session)
     print(f"{session.title}: {start(page, port, open_browser)}  (Ctrl-C ends it)", flush=True)
     page.block_thread()
