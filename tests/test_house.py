@@ -24,6 +24,8 @@ FLOORS = (
     ("report",),
     ("experiment", "card"),
     ("person", "papers", "bench", "reported", "cells"),
+    ("policies",),
+    ("judging", "align"),
     ("compare", "play"),
     ("sweep",),
     ("cli",),

@@ -6,13 +6,11 @@ import os
 import re
 import shutil
 import socket
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from time import sleep
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
