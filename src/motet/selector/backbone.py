@@ -152,7 +152,7 @@ class CausalBackbone:
     def __init__(self, settings: BackboneSettings, model: Any, tokenizer: Any, name: str) -> None:
         self.settings, self.tokenizer, self.name = settings, tokenizer, name
         self.device = find_device(settings.device)
-        self.dtype = _dtype(settings.dtype, self.device)
+        self.dtype = find_dtype(settings.dtype, self.device)
         self.model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.hidden = int(model.config.get_text_config().hidden_size)
         layers = int(model.config.get_text_config().num_hidden_layers)
@@ -260,7 +260,7 @@ class EncoderBackbone:
     def __init__(self, settings: BackboneSettings, model: Any, tokenizer: Any, name: str) -> None:
         self.settings, self.tokenizer, self.name = settings, tokenizer, name
         self.device = find_device(settings.device)
-        self.dtype = _dtype(settings.dtype, self.device)
+        self.dtype = find_dtype(settings.dtype, self.device)
         self.model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.hidden = int(model.config.hidden_size)
         self.layer = max(1, round(settings.depth * int(model.config.num_hidden_layers)))
@@ -416,7 +416,7 @@ def model_folder(settings: BackboneSettings, cache: Path) -> str:
 def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    dtype = _dtype(settings.dtype, find_device(settings.device))  # here: a wrong device is not the model's fault
+    dtype = find_dtype(settings.dtype, find_device(settings.device))  # here: a wrong device is not the model's fault
     try:
         config = AutoConfig.from_pretrained(folder)
         # a BERT can be a decoder, too; its config says so
@@ -528,7 +528,8 @@ def find_device(name: str) -> torch.device:
         ) from None
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device is fast at it, else float32."""
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
