@@ -84,21 +84,24 @@ def label(
     flat = [(prompt, answer) for prompt, some in zip(prompts, answers, strict=True) for answer in some]
     asked, texts = [prompt for prompt, _ in flat], [answer for _, answer in flat]
     places = list(_places(answers))
-    draw, rows, dropped = generator(seed, "mixtures"), [], 0
-    tastes: list[tuple[str, Tensor]] = list(zip(names, prototypes, strict=True))
-    fixed = [reward.score(asked, texts, taste=taste) for _, taste in tastes]
+    rows: list[Labelled] = []
+    dropped = 0
+    # (names of tastes, a taste for each prompt, a score for each answer)
+    judged = [(name, taste.expand(len(prompts), -1), reward.score(asked, texts, taste=taste))
+              for name, taste in zip(names, prototypes, strict=True)]  # fmt: skip
     if not len(prototypes):
-        tastes, fixed = [("", prototypes.new_zeros(0))], [reward.score(asked, texts)]
+        judged = [("", prototypes.new_zeros(len(prompts), 0), reward.score(asked, texts))]
+    each = torch.tensor([number for number, some in enumerate(answers) for _ in some], dtype=torch.long)
+    draw = generator(seed, "mixtures")
+    for _ in range(settings.mixtures if len(prototypes) > 1 else 0):
+        shares = -torch.log(1 - torch.rand(len(prompts), len(prototypes), generator=draw))  # exponentials …
+        tastes = (shares / shares.sum(dim=1, keepdim=True)) @ prototypes  # … over their sum
+        judged.append(("mixture", tastes, reward.score(asked, texts, taste=tastes[each])))
     for number, prompt in enumerate(prompts):
         span = slice(*places[number])
-        judged = [(name, taste, scores[span]) for (name, taste), scores in zip(tastes, fixed, strict=True)]
-        for _ in range(settings.mixtures if len(prototypes) > 1 else 0):
-            shares = -torch.log(1 - torch.rand(len(prototypes), generator=draw))  # exponentials over their sum
-            taste = (shares / shares.sum()) @ prototypes
-            judged.append(("mixture", taste, reward.score(asked[span], texts[span], taste=taste)))
-        for name, taste, scores in judged:
-            found, lost = _ranked(prompt, texts[span], scores, settings, reward)
-            rows += [Labelled(pair, taste, name, probability) for pair, probability in found]
+        for name, tastes, scores in judged:
+            found, lost = _ranked(prompt, texts[span], scores[span], settings, reward)
+            rows += [Labelled(pair, tastes[number], name, probability) for pair, probability in found]
             dropped += lost
     if not rows:
         raise DataError(
@@ -124,7 +127,8 @@ def _ranked(
         best, worst = order[rank], order[-1 - rank]
         gap = scores[best] - scores[worst]
         probability = float(0.5 + gap / 2 if _votes(reward) else torch.sigmoid(gap))
-        if gap <= 0 or texts[best].split() == texts[worst].split() or probability < settings.least_probability:
+        clear = gap > 0 and probability >= settings.least_probability  # neither is so of a score that is no number
+        if not clear or texts[best].split() == texts[worst].split():
             lost += 1
             continue
         found.append((Pair(prompt, texts[best], texts[worst], group=group), probability))

@@ -6,6 +6,7 @@ Out: texts and their tokens; how far they are from the base, in nats.
 Each batch draws from a generator of its own name, so an interrupted sampling goes on to the same answers.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -134,13 +135,21 @@ def sample_through(
     parts = [weights_key(base), adapter, settings.model_dump(mode="json"), seed, list(names), shown]
     path = cache / "answers" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.jsonl"
     found: list[Answer | None] = [None] * len(prompts)
-    lines = _whole_lines(path)
-    for line in lines:
+    lines = {line["batch"]: line for line in _whole_lines(path)}  # two at work at once may draw a batch twice
+    known = next(number for number in range(len(lines) + 1) if number not in lines)
+    for number in range(known):
+        line = lines[number]
         for row, text, tokens in zip(line["rows"], line["texts"], line["tokens"], strict=True):
             found[row] = Answer(text, tuple(tokens))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for rows, drawn in sampled(base, prompts, settings, seed, *names, worn=worn, tastes=tastes, skip=len(lines)):
-        line = {"rows": rows, "texts": [a.text for a in drawn], "tokens": [list(a.tokens) for a in drawn]}
+    going_on = sampled(base, prompts, settings, seed, *names, worn=worn, tastes=tastes, skip=known)
+    for number, (rows, drawn) in enumerate(going_on, start=known):
+        line = {
+            "batch": number,
+            "rows": rows,
+            "texts": [a.text for a in drawn],
+            "tokens": [list(a.tokens) for a in drawn],
+        }
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for row, answer in zip(rows, drawn, strict=True):
@@ -189,8 +198,15 @@ def prompt_ids(base: OpenBase, prompt: Prompt, most: int) -> list[int]:
     return list(found["input_ids"])[-most:]
 
 
+def end_tokens(base: OpenBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and what the model names beside it (chat models often have two)."""
+    named = base.model.generation_config.eos_token_id
+    more = named if isinstance(named, list) else [named]
+    return sorted({token for token in (base.tokenizer.eos_token_id, *more) if token is not None})
+
+
 def generation_settings(base: OpenBase, settings: SamplingSettings) -> Any:
-    """Everything that decides a draw is said; what a model brings along in generation_config.json is not used."""
+    """Everything that decides a draw is said; of what a model brings along only its end tokens are used."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -199,7 +215,7 @@ def generation_settings(base: OpenBase, settings: SamplingSettings) -> Any:
         top_k=0,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
-        eos_token_id=base.tokenizer.eos_token_id,
+        eos_token_id=end_tokens(base),
         pad_token_id=base.tokenizer.pad_token_id,
         bos_token_id=base.tokenizer.bos_token_id,
     )
@@ -212,24 +228,36 @@ def _generate(
     width, pad = max(map(len, rows)), base.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=base.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
-    training = model.training
+    training, wanted = model.training, generation_settings(base, settings)
     model.eval()
     try:
-        with own_randomness(), torch.no_grad():
+        with own_randomness(), torch.no_grad(), _no_habits(base.model, model):
             torch.manual_seed(seed)
-            drawn = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=generation_settings(base, settings)
-            )
+            drawn = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
     finally:
         model.train(training)
     return [_answer(base, row) for row in drawn[:, width:].tolist()]
 
 
+@contextlib.contextmanager
+def _no_habits(*models: Any) -> Iterator[None]:
+    """Without the models' generation_config.json, from which transformers takes whatever is left unsaid."""
+    from transformers import GenerationConfig
+
+    kept = [(model, model.generation_config) for model in models]
+    try:
+        for model in models:
+            model.generation_config = GenerationConfig()
+        yield
+    finally:
+        for model, habits in kept:
+            model.generation_config = habits
+
+
 def _answer(base: OpenBase, tokens: list[int]) -> Answer:
-    end = base.tokenizer.eos_token_id
-    if end in tokens:
-        tokens = tokens[: tokens.index(end) + 1]
-    return Answer(base.tokenizer.decode(tokens, skip_special_tokens=True).strip(), tuple(tokens))
+    ends = end_tokens(base)
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return Answer(base.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip(), tuple(tokens[: stop + 1]))
 
 
 def distance(
