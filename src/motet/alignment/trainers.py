@@ -342,6 +342,19 @@ def trl_dpo() -> tuple[Any, Any]:
     return Trainer, DPOConfig
 
 
+@functools.lru_cache(maxsize=1)
+def trl_grpo() -> tuple[Any, Any]:
+    """The same for GRPO, which prepares no rows; where PEFT dresses the base, it fetches no second model either."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Trainer(GRPOTrainer):  # type: ignore[misc]
+        def _send_telemetry(self) -> None:
+            """1"""
+
+    return Trainer, GRPOConfig
+
+
 @runtime_checkable
 class DPOSteps(Protocol):
     """What every kind of DPO says of its steps."""
@@ -360,6 +373,20 @@ def dpo_arguments(base: OpenBase, settings: DPOSteps, steps: int, seed: int, fol
     """Settings of TRL's trainer; everything that decides a number is said, whatever TRL's default is today."""
     # a CPU gains nothing from several pairs at once: one at a time has less padding and needs a quarter of the memory
     together = 1 if base.device.type == "cpu" else settings.batch_pairs
+    return quiet_arguments(base, steps, seed, folder) | {
+        "bf16": _half(base.device),  # 6: autocast; a base whose weights are bfloat16 needs none
+        "per_device_train_batch_size": together,
+        "gradient_accumulation_steps": settings.batch_pairs // together,
+        "learning_rate": settings.learning_rate,
+        "loss_type": ["sigmoid"],
+        "beta": settings.dpo_beta,
+        "label_smoothing": 0.0,
+        "max_length": settings.max_tokens,
+    }
+
+
+def quiet_arguments(base: OpenBase, steps: int, seed: int, folder: str) -> dict[str, Any]:
+    """What every trainer of TRL is told: nothing leaves it, and the optimiser is AdamW without a schedule."""
     return {
         "output_dir": folder,
         "save_strategy": "no",  # 7
@@ -369,24 +396,17 @@ def dpo_arguments(base: OpenBase, settings: DPOSteps, steps: int, seed: int, fol
         "logging_steps": steps,  # one line of means, at the end
         "logging_nan_inf_filter": False,  # 11
         "use_cpu": base.device.type == "cpu",
-        "bf16": _half(base.device),  # 6: autocast; a base whose weights are bfloat16 needs none
+        "bf16": False,
         "seed": seed,
         "data_seed": seed,
         "dataloader_pin_memory": base.device.type == "cuda",
         "gradient_checkpointing": False,  # a third slower, and models of some hundred million weights need it not
         "max_steps": steps,
-        "per_device_train_batch_size": together,
-        "gradient_accumulation_steps": settings.batch_pairs // together,
         "optim": "adamw_torch",
-        "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "loss_type": ["sigmoid"],
-        "beta": settings.dpo_beta,
-        "label_smoothing": 0.0,
-        "max_length": settings.max_tokens,
         "disable_dropout": False,  # 10: True would switch off the adapter's too; the base's is off already
     }
 
