@@ -12,16 +12,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from motet.align import TABLES, resolve_align
+from motet.align import TABLES, Silent, align, resolve_align
 from motet.alignment.grpo import LOGGED, GRPOOnTastes, grpo_arguments, plan, train_policy_grpo
 from motet.alignment.policy import TasteAdapter, Worn, fold, start_policy
 from motet.alignment.sampling import SamplingSettings, sample
 from motet.alignment.stretches import Look, PolicySettings, Trained
 from motet.alignment.trainers import OpenBase, old_names, open_base
 from motet.errors import ConfigError, RunError
+from motet.policies import open_policy
 from motet.records import Turn, generator
 from motet.selector.reward import CallableReward, Prompt, votes
 from test_trainers import same_bits, write_language_model
+from toy_run import toy_run
 
 PROMPTS = tuple((Turn("user", text),) for text in ("Tea or coffee?", "?", "How are you today, and how was it?", "So"))
 TASTES = torch.tensor([[2.0, 0.0], [-2.0, 0.5]])
@@ -461,6 +463,46 @@ def test_the_plan_gives_every_prompt_every_taste() -> None:
         assert one.sum() == pytest.approx(1, abs=1e-5)
     assert all(torch.equal(a.taste, b.taste) for a, b in zip(groups, plan(PROMPTS, TASTES, settings, 0), strict=True))
     assert {group.taste.shape for group in plan(PROMPTS, NO_TASTES, settings, 0)} == {(0,)}
+
+
+# --- from a run to a policy
+
+
+@pytest.mark.slow
+def test_a_run_becomes_a_policy_by_grpo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Without candidates and without pairs; an interrupted one goes on to the same policy."""
+    model = str(write_language_model(tmp_path / "llama"))
+    words = {
+        "by": "grpo", "base": model, "align_device": "cpu", "prompts_used": 6, "validation_prompts": 2,
+        "grpo_steps": 2, "check_every": 1, "group_size": 2, "groups_per_step": 2, "max_new_tokens": 4, "kl_budget": 1e6,
+    }  # fmt: skip
+    run, cache = toy_run(tmp_path_factory), tmp_path / "cache"
+    seen: list[tuple[str, int, int]] = []
+
+    class Impatient(Silent):
+        def stage(self, name: str, done: int, total: int) -> None:
+            seen.append((name, done, total))
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+    notes = align(run, tmp_path / "whole", resolve_align(words), cache)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 2"):
+        align(run, tmp_path / "cut", resolve_align(words), cache, watcher=Impatient())
+    align(run, tmp_path / "cut", resolve_align(words), cache, resume=True)
+    assert seen == [("training", 1, 2), ("training", 2, 2)]
+    policies = [(tmp_path / name / "policy.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert policies[0] == policies[1]
+    logs = [(tmp_path / name / "steps.jsonl").read_text(encoding="utf-8") for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    assert notes["by"] == "grpo"
+    assert notes["figures"]["answers"] == 8
+    assert "pairs" not in notes["figures"]
+    assert not (tmp_path / "whole" / "pairs.jsonl").exists()
+    assert not (cache / "answers").exists()
+    with pytest.raises(RunError, match="is of another training"):
+        align(run, tmp_path / "cut", resolve_align({**words, "group_size": 4}), cache, resume=True)
+    policy = open_policy(tmp_path / "whole")
+    assert policy.names == tuple(notes["taste_names"])
 
 
 def test_the_settings_of_an_alignment_have_unique_names() -> None:
