@@ -352,14 +352,15 @@ def _looker(
         worn.model.eval()
         if not before:
             with worn.taken_off():
-                drawn = sample(base, prompts, asked.sampling, asked.seed, "base")
+                drawn = sample(base, prompts, asked.sampling, asked.seed, "look")
             texts = [answer.text for answer in drawn]
             before.extend(reward.score(prompts, texts, taste=taste) for taste in kinds)
             baseline[:] = texts
         gains, kls = [], []
         for number, taste in enumerate(kinds):
             each = None if taste is None else taste.expand(len(prompts), -1)
-            drawn = sample(base, prompts, asked.sampling, asked.seed, "look", number, worn=worn, tastes=each)
+            # the base's own random numbers: an adapter that changes nothing gains exactly nothing
+            drawn = sample(base, prompts, asked.sampling, asked.seed, "look", worn=worn, tastes=each)
             texts = [answer.text for answer in drawn]
             gains.append(_gain(reward, prompts, texts, baseline, before[number], taste))
             kls.append(distance(base, prompts, drawn, asked.sampling, worn, each).kl.mean())
