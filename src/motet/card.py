@@ -26,12 +26,17 @@ def card(about: Mapping[str, Any], base: str, label: str, shares: Mapping[str, f
     """
     method, recipe = ALGORITHMS.get(about.get("method", "")), RECIPES.get(about.get("recipe", ""))
     licence = LICENCES.get(str(about["base"]), "other")
+    by = str(about.get("by", "–"))
+    gated = by in ("dpo", "grpo")
     lines = ["---", f"base_model: {base}", "library_name: peft", f"license: {licence}", "tags:"]
     lines += [f"- {tag}" for tag in ("lora", "preference-alignment", "motet")]
     title = f"{base} at the taste {label}" if label else f"{base}, taste-gated"
     lines += ["---", "", f"# {title}", ""]
     if label:
-        lines += ["An ordinary LoRA adapter: one taste of a policy that takes any, folded in.", ""]
+        lines += [
+            "An ordinary LoRA adapter" + (": one taste of a policy that takes any, folded in." if gated else "."),
+            "",
+        ]
         lines += ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
         lines += [f'base = AutoModelForCausalLM.from_pretrained("{base}")', "# the folder of this card"]
         lines += ['model = PeftModel.from_pretrained(base, ".")', "```", ""]
@@ -47,18 +52,31 @@ def card(about: Mapping[str, Any], base: str, label: str, shares: Mapping[str, f
         rows += [("Preferences by", f"{method.title}; {method.citation}")]
     if recipe is not None:
         rows += [("Data", f"{recipe.summary}; {recipe.citation}; licence: {recipe.licence}")]
-    rows += [("Trained by", str(about.get("by", "–")).upper())]
+    rows += [("Trained by", {"dpo": "DPO", "grpo": "GRPO", "feddpo": "FedDPO"}.get(by, by))]
     rows += [(name, _figure(value)) for name, value in about.get("figures", {}).items()]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
     lines += [
-        "The preferences were learnt by a frozen selector; the policy was trained on the base's own answers to public",
-        "prompts, never on anybody's texts. The figures are by the reward that it was trained for, so they flatter;",
-        "`motet judge` asks judges that saw none of its data.",
-        "",
+        *_ORIGIN.get(by, ()),
+        *(_POLICY if gated else ()),
         "Licences: the adapter may be used where the base and the data both allow it.",
         "",
     ]
     return "\n".join(lines)
+
+
+_POLICY = (
+    "prompts, never on anybody's texts. The figures are by the reward that it was trained for, so they flatter;",
+    "`motet judge` asks judges that saw none of its data.",
+    "",
+)
+_ORIGIN = {
+    "dpo": (
+        "The preferences were learnt by a frozen reward; the policy was trained on the base's own answers to public",
+    ),
+    "grpo": ("The preferences were learnt by a frozen reward; the policy was trained on its own answers to public",),
+    "feddpo": ("Each client trained the adapter on its own pairs; the server averaged what they sent.", ""),
+}
+"""What an adapter was trained on; of a stranger's nothing is known."""
 
 
 def _base_licence(base: str) -> str:

@@ -9,6 +9,7 @@ or a file with a person's choices, from which the taste is inferred without trai
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from motet.alignment.policy import TasteAdapter, Worn, adapter_from, fold, wearing
-from motet.alignment.sampling import Answer, SamplingSettings, prompt_ids, sample
+from motet.alignment.sampling import Answer, SamplingSettings, end_tokens, prompt_ids, sample
 from motet.alignment.trainers import LoraSettings, OpenBase, adapter_files, open_base
 from motet.card import card
 from motet.config import settings as build
@@ -35,6 +36,8 @@ from motet.selector.trained import TENSORS as SELECTOR
 
 ABOUT, TENSORS = "policy.json", "policy.safetensors"
 FORMAT = 1
+UNREAD = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+"""What PEFT may do to an adapter beside plain LoRA; read as such it would be another one."""
 WIDE = 0.8
 """A posterior whose standard deviations are on average above this share of the population's says next to nothing."""
 
@@ -115,8 +118,11 @@ def _own(folder: Path) -> Policy:
             )
         tensors = load((folder / TENSORS).read_bytes())
         adapter = adapter_from(tensors, build(LoraSettings, about["lora"], f"lora of {ABOUT}"))
-        return Policy(adapter, tuple(about["names"]), tensors["tastes"], about, folder)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
+        names, tastes, base = tuple(about["names"]), tensors["tastes"], about["base"]
+        if not adapter.gates or tastes.shape != (len(names), adapter.latent) or not isinstance(base, str):
+            raise ValueError("its parts do not fit together")
+        return Policy(adapter, names, tastes, about, folder)
+    except (SafetensorError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise RunError(f"the policy in {str(folder)!r} is damaged ({error}); align again in another folder") from None
 
 
@@ -127,10 +133,11 @@ def _stock(folder: Path, base: str) -> Policy:
         tensors = load((folder / "adapter_model.safetensors").read_bytes())
         down: dict[str, Tensor] = {}
         up: dict[str, Tensor] = {}
+        odd: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-            (down if part == "A.weight" else up)[layer] = tensor
-        if not down or down.keys() != up.keys() or config.get("use_dora") or config.get("use_rslora"):
+            {"A.weight": down, "B.weight": up}.get(part, odd)[layer] = tensor
+        if odd or not down or down.keys() != up.keys() or any(config.get(name) for name in UNREAD):
             raise RunError(f"the adapter in {str(folder)!r} is no plain LoRA adapter; motet reads those only")
         lora = LoraSettings(
             lora_rank=int(config["r"]),
@@ -138,7 +145,7 @@ def _stock(folder: Path, base: str) -> Policy:
             lora_dropout=0.0,
             lora_targets=tuple(sorted({layer.rpartition(".")[2] for layer in down})),
         )
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, FileNotFoundError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise RunError(f"the adapter in {str(folder)!r} is damaged ({error}); give a PEFT adapter folder") from None
     empty = {layer: torch.zeros(lora.lora_rank, 0) for layer in down}
     adapter = TasteAdapter(lora, down, up, empty, 1.0)
@@ -228,7 +235,8 @@ def parse_taste(policy: Policy, text: str, cache: Path) -> Taste:
         return Taste("–", None, {})
     if not text.strip():
         raise ConfigError(f"--taste is needed, got none; this policy knows {_tags(policy)}, and base")
-    if text.endswith((".jsonl", ".json", ".parquet")) or Path(text).is_file():
+    named = text.strip() in policy.names
+    if not named and (text.endswith((".jsonl", ".json", ".parquet")) or Path(text).is_file()):
         path = Path(text)
         if not path.is_file():
             raise DataError(f"there is no file {text!r}; --taste takes a name, a mixture or a file with choices")
@@ -254,12 +262,16 @@ def mixture(policy: Policy, shares: Mapping[str, float]) -> Taste:
 
 def _mixture(policy: Policy, text: str) -> dict[str, float]:
     known = {name: name for name in policy.names} | {f"p{i}": name for i, name in enumerate(policy.names)}
+    if text.strip() in known:  # a name may hold a plus sign
+        return {known[text.strip()]: 1.0}
     shares: dict[str, float] = {}
     for term in text.split("+"):
         weight, star, name = term.rpartition("*")
         name = name.strip()
         try:
             share = float(weight) if star else 1.0
+            if not math.isfinite(share):
+                raise ValueError(weight)
         except ValueError:
             raise ConfigError(
                 f"--taste wants names and weights such as 0.7*{policy.names[0]}+0.3*{policy.names[-1]}, "
@@ -340,7 +352,7 @@ def stream(
     """The answer so far, again and again as it grows; token by token, so that several can be asked in turn."""
     ids = torch.tensor([prompt_ids(base, prompt, settings.max_prompt_tokens)], device=base.device)
     draw = torch.Generator().manual_seed(seed)
-    cache, tokens = None, []
+    cache, tokens, ends = None, [], end_tokens(base)
     for _ in range(settings.max_new_tokens):
         with torch.inference_mode(), bared(worn if taste.bare else None):
             if worn is not None:
@@ -350,11 +362,12 @@ def stream(
         cache = seen.past_key_values
         chances = (seen.logits[0, -1].float().cpu() / settings.sampling_temperature).softmax(dim=-1)
         token = int(torch.multinomial(_nucleus(chances, settings.top_p), 1, generator=draw))
-        if token == base.tokenizer.eos_token_id:
+        if token in ends:
             break
         tokens.append(token)
         ids = torch.tensor([[token]], device=base.device)
-        yield base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        # a letter of several tokens is shown when it is whole
+        yield base.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd").strip()
 
 
 def _nucleus(chances: Tensor, top_p: float) -> Tensor:
@@ -373,6 +386,8 @@ def export(policy: Policy, base: OpenBase, taste: Taste, out: Path) -> list[str]
     """
     if policy.adapter is None:
         raise RunError("the bare base model has no adapter to export; give what motet align wrote")
+    if taste.bare:
+        raise RunError("the taste 'base' is the model without any adapter, so there is nothing to export; name a taste")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} is not an empty folder; choose another --out")
     adapter_files(base, fold(policy.adapter, taste.vector), policy.adapter.settings, out)
