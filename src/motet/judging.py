@@ -123,7 +123,7 @@ class Side:
 
     def key(self) -> str:
         """A short name for a file."""
-        return self.policy.folder.name if self.policy.folder is not None else "base"
+        return self.policy.folder.resolve().name if self.policy.folder is not None else "base"
 
 
 class _Asker:
@@ -201,24 +201,29 @@ def judge_policies(
         JudgeError: The judge is missing, fails, or saw data of either policy.
         MotetError: See the message.
     """
-    ours, theirs = _sides(first, second, base, cache, device)
-    deal, settled = _deal(ours.policy, theirs.policy, data)
-    prompts, said = judged_prompts(deal, asked, (ours.policy, theirs.policy))
+    policy, other = _policies(first, second, base)
+    wanted = _wanted(policy, tastes, cache)  # mistakes first: judges and models take their time
+    against = _against(other, wanted, cache)
+    positions = _dial(policy, dial, asked, cache)
+    deals = [_deal(some, data) for some in (policy, other)]
+    deal = next((found for found in deals if found is not None), Deal((), (), (), ()))
+    known = _trained_on(policy, deals[0]) | _trained_on(other, deals[1])
+    prompts, said = judged_prompts(deal, asked, (policy, other), known)
     watcher.said(said)
     judges = _judges(asked, deal, cache, device)
     for judge in judges.values():
         watcher.said(_introduction(judge))
     asker = _Asker(prompts, asked, cache, watcher)
-    known = _trained_on(ours.policy, deal) | _trained_on(theirs.policy, deal)
-
-    wanted = [parse_taste(ours.policy, text, cache) for text in tastes or ours.policy.names or ("",)]
-    people = _people(ours.policy, deal, asked, cache) if settled is not None else []
-    positions = _dial(ours.policy, dial, asked, cache)
+    ours, theirs = (Side(some, open_model(some, cache, device)) for some in (policy, other))
+    people = [
+        (person, taste)
+        for person, taste in _people(policy, deal, asked, cache)
+        if person.axis in judges and (person.axis in against or not other.names)
+    ]
     every = {taste.label: taste for taste in (*wanted, *positions, *(taste for _, taste in people))}
     with dressed(ours.base, ours.policy) as worn:
         answers = {name: asker.answers(ours, worn, taste, name) for name, taste in every.items()}
         manner = {name: asker.manner(ours, worn, taste, answers[name][0]) for name, taste in every.items()}
-    against = _against(theirs, wanted, cache)
     with dressed(theirs.base, theirs.policy) as worn:
         rivals = {name: asker.answers(theirs, worn, taste, f"{theirs.key()} {name}") for name, taste in against.items()}
         rival_manner = {name: asker.manner(theirs, worn, taste, rivals[name][0]) for name, taste in against.items()}
@@ -252,18 +257,15 @@ def judge_policies(
     }
     inferred = []
     for person, taste in people:
-        axis = person.axis or ""
-        if axis in judges:
-            found = verdict(judges[axis], answers[taste.label], rival(axis))
-            prototype = table.get(axis, {}).get(axis)
-            inferred.append({
-                "person": person.name, "axis": axis, "pairs": asked.judging.person_pairs,
-                "shares": dict(taste.shares), "unsure": taste.unsure, "said": list(taste.said),
-                "verdict": found.as_dict(),
-                "points_from_prototype": (
-                    None if prototype is None else 100 * (found.win_rate - prototype["win_rate"])
-                ),
-            })  # fmt: skip
+        axis = str(person.axis)
+        found = verdict(judges[axis], answers[taste.label], rival(axis))
+        prototype = table.get(axis, {}).get(axis)
+        inferred.append({
+            "person": person.name, "axis": axis, "pairs": asked.judging.person_pairs,
+            "shares": dict(taste.shares), "unsure": taste.unsure, "said": list(taste.said),
+            "verdict": found.as_dict(),
+            "points_from_prototype": None if prototype is None else 100 * (found.win_rate - prototype["win_rate"]),
+        })  # fmt: skip
     return {
         "first": ours.key(), "second": theirs.key(),
         "about": {key: ours.policy.about.get(key) for key in ("base", "by", "method", "recipe")},
@@ -281,27 +283,40 @@ def judge_policies(
     }  # fmt: skip
 
 
-def _sides(first: str, second: str, base: str | None, cache: Path, device: str) -> tuple[Side, Side]:
+def _policies(first: str, second: str, base: str | None) -> tuple[Policy, Policy]:
+    if first == "base":
+        raise ConfigError("the first policy must have an adapter, got base; give a policy first, base second")
     ours = open_policy(first, base)
-    theirs = open_policy(second, base or ours.model)
-    if ours.adapter is None:
-        raise ConfigError(f"the first policy is the bare base, got {first!r}; give a policy first, base second")
-    return Side(ours, open_model(ours, cache, device)), Side(theirs, open_model(theirs, cache, device))
+    return ours, open_policy(second, base or ours.model)
 
 
-def _deal(ours: Policy, theirs: Policy, data: str | None) -> tuple[Deal, DataSettings | None]:
-    """The deal of the first policy's run, from which judges and prompts come."""
-    noted = ours.about.get("data") or theirs.about.get("data")
+def _wanted(policy: Policy, tastes: Sequence[str], cache: Path) -> list[Taste]:
+    """The tastes that are judged, each once."""
+    if policy.names and not tastes:
+        return [mixture(policy, {name: 1.0}) for name in policy.names]
+    found = [parse_taste(policy, text, cache) for text in tastes or ("",)]
+    return list({taste.label: taste for taste in found}.values())
+
+
+def _deal(policy: Policy, data: str | None) -> Deal | None:
+    """Of the policy's run; ``None`` for an adapter of which nothing is known."""
+    noted = policy.about.get("data")
     if noted is None:
-        return Deal((), (), (), ()), None
+        return None
     settled = settings(DataSettings, {**noted, **({} if data is None else {"data": data})}, "the policy's notes")
-    return load_recipe(settled, int(ours.about.get("run_seed", 0))), settled
+    return load_recipe(settled, int(policy.about.get("run_seed", 0)))
 
 
 def judged_prompts(
-    deal: Deal, asked: AskedOfJudges, policies: Sequence[Policy]
-) -> tuple[list[Prompt], str]:  # fmt: skip
+    deal: Deal, asked: AskedOfJudges, policies: Sequence[Policy], known: frozenset[str] = frozenset()
+) -> tuple[list[Prompt], str]:
     """Prompts that are new to the policies, to their selectors and to the judge.
+
+    Args:
+        deal: Who held what; its reserve taught the judge.
+        asked: How many are wanted.
+        policies: What is judged.
+        known: Prompts that must not be among them, beside those.
 
     Raises:
         DataError: Too few are left.
@@ -309,7 +324,7 @@ def judged_prompts(
     wanted = max(asked.judging.judged_prompts, asked.judge.least_prompts)
     taken = {pair.group for pairs in deal.reserve.values() for pair in pairs} | {pair.group for pair in deal.public}
     taken |= {pair.group for person in deal.people for pair in person.train}
-    taken |= {group for policy in policies for group in policy.about.get("trained_on", ())}
+    taken |= known | {group for policy in policies for group in policy.about.get("trained_on", ())}
     if asked.judging.judge_prompts_file is not None:
         found, own = list(read_prompts(Path(asked.judging.judge_prompts_file))), 0
     else:
@@ -367,10 +382,11 @@ def _introduction(judge: Judge) -> str:
     )
 
 
-def _trained_on(policy: Policy, deal: Deal) -> frozenset[str]:
-    """Every prompt that the policy or its reward learnt from."""
+def _trained_on(policy: Policy, deal: Deal | None) -> frozenset[str]:
+    """Every prompt that the policy or its reward learnt from, as far as it is known."""
     own = set(policy.about.get("trained_on", ()))
-    return frozenset(own | {pair.group for person in deal.seen for pair in person.train})
+    people = () if deal is None else deal.seen
+    return frozenset(own | {pair.group for person in people for pair in person.train})
 
 
 def _people(
@@ -404,13 +420,23 @@ def _dial(
     return [mixture(policy, {low: 1 - i / steps, high: i / steps}) for i in range(steps + 1)]
 
 
-def _against(side: Side, wanted: Sequence[Taste], cache: Path) -> dict[str, Taste]:
-    """What the other side is asked at: the taste of the same name where it has one, else what it has."""
-    if side.policy.adapter is None:
+def _against(policy: Policy, wanted: Sequence[Taste], cache: Path) -> dict[str, Taste]:
+    """What the other side is asked at: the taste of the same name where it knows tastes, else what it is.
+
+    Raises:
+        ConfigError: It knows tastes, but not these.
+    """
+    if policy.adapter is None:
         return {BARE.label: BARE}
-    if not side.policy.names:
+    if not policy.names:
         return {"–": Taste("–", None, {})}
-    return {taste.label: parse_taste(side.policy, taste.label, cache) for taste in wanted}
+    unknown = next((t.label for t in wanted if not t.bare and (not t.shares or set(t.shares) - {*policy.names})), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"the second policy must know the tastes of the first, got {unknown!r}; it knows "
+            f"{', '.join(policy.names)}: give it first, or name tastes that both know"
+        )
+    return {taste.label: BARE if taste.bare else mixture(policy, taste.shares) for taste in wanted}
 
 
 def _read_dial(

@@ -67,14 +67,14 @@ def align(
     )
     names = notes["taste_names"]
     taste = f' --taste "{names[0]}"' if names else ""
-    watcher.said(f"policy: {out}")
+    watcher.console.print(f"policy: {plain(str(out))}", highlight=False, soft_wrap=True)
     watcher.said("Next, try:")
     for line in (
         f'motet say {out}{taste} "How do I get a stain out of a shirt?"',
         f"motet judge {out} base",
         f"motet play {out}",
     ):
-        watcher.console.print(f"  {line}", highlight=False, soft_wrap=True)
+        watcher.console.print(f"  {plain(line)}", highlight=False, soft_wrap=True)
 
 
 def say(
@@ -138,16 +138,21 @@ def export(
 
     Example: [bold]motet export runs/policy --taste p0 --out runs/adapter[/bold]
     """
+    from motet.errors import ConfigError
     from motet.experiment import default_cache
     from motet.policies import export as write
     from motet.policies import open_model, open_policy, parse_taste
 
     where, policy = cache or default_cache(), open_policy(folder, base)
     chosen = parse_taste(policy, taste, where)
+    if chosen.bare:
+        raise ConfigError(
+            "--taste must be one to fold in, got base, which is the model without any adapter; name a taste"
+        )
     console = console_of()
     for sentence in (*chosen.said, *write(policy, open_model(policy, where, "cpu"), chosen, out)):
         console.print(plain(sentence), highlight=False, soft_wrap=True)
-    console.print(f"adapter: {out}", highlight=False, soft_wrap=True)
+    console.print(f"adapter: {plain(str(out))}", highlight=False, soft_wrap=True)
 
 
 def judge(
@@ -194,8 +199,7 @@ def judge(
         )
     finally:
         watcher.close()
-    name = f"judged-{found['second']}-{asked.judge.judge}.json"
-    path = out or (Path(first) / name if Path(first).is_dir() else Path(name))
+    path = out or Path(first) / f"judged-{found['second']}-{asked.judge.judge}.json"
     write_judgement(found, path)
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -204,7 +208,7 @@ def judge(
         watcher.console.print(shown)
     for remark in remarks(found):
         watcher.console.print(plain(remark), style="dim", highlight=False)
-    watcher.console.print(f"judgement: {path}", highlight=False, soft_wrap=True)
+    watcher.console.print(f"judgement: {plain(str(path))}", highlight=False, soft_wrap=True)
 
 
 def play(

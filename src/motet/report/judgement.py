@@ -31,7 +31,7 @@ def judgement_tables(found: Mapping[str, Any]) -> list[Table]:
     """For the terminal."""
     tables = []
     for title, headings, rows in judgement_rows(found):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         for place, heading in enumerate(headings):
             table.add_column(Text(heading), justify="right" if place else "left")
         for row in rows:
