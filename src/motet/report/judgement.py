@@ -48,7 +48,7 @@ def judgement_markdown(found: Mapping[str, Any], samples: int = 5) -> str:
         lines += [*map(_line, rows), ""]
     for sample in found["samples"][:samples]:
         lines += [f"*{_flat(sample['prompt'])}*", ""]
-        for name, text in {**sample["rival"], **sample["answers"]}.items():
+        for name, text in _both(found, sample["rival"], sample["answers"]).items():
             lines.append(f"- **{name}**: {_flat(text)}")
         lines.append("")
     return "\n".join(lines)
@@ -119,7 +119,7 @@ def _dial(found: Mapping[str, Any]) -> Rows:
 
 def _manner(found: Mapping[str, Any]) -> Rows:
     rows = []
-    for name, manner in {**found["rival_manner"], **found["manner"]}.items():
+    for name, manner in _both(found, found["rival_manner"], found["manner"]).items():
         figures = (
             f"{manner['kl_nats']:.1f}", f"{manner['perplexity_under_base']:.1f}", f"{manner['words']:.0f}",
             f"{manner['distinct_2']:.2f}", f"{manner['repetition']:.3f}", str(len(manner["collapsed"])),
@@ -135,6 +135,11 @@ def _manner(found: Mapping[str, Any]) -> Rows:
         "signs of collapse",
     ]
     return "Distance from the base, and fluency", headings, rows
+
+
+def _both(found: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of either side, by taste; where both have a taste, the other's says whose it is."""
+    return {f"{found['second']}: {name}" if name in ours else name: value for name, value in theirs.items()} | {**ours}
 
 
 def _rate(verdict: Mapping[str, Any]) -> str:
