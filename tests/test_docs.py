@@ -196,6 +196,7 @@ def test_the_page_of_settings_is_what_the_script_prints(monkeypatch: pytest.Monk
 def all_tables() -> list[tuple[str, Any, Mapping[str, Any]]]:
     """Every table of settings, with what preset ``paper`` sets in it."""
     from motet.algorithms import ALGORITHMS
+    from motet.align import TABLES as ALIGNMENT
     from motet.evaluation.judges import JudgeSettings
     from motet.experiment import PRESETS, TABLES
 
@@ -204,6 +205,7 @@ def all_tables() -> list[tuple[str, Any, Mapping[str, Any]]]:
         [(name, kind, PRESETS["paper"].get(name, {})) for name, kind in TABLES.items()]
         + own
         + [("judge", JudgeSettings, {})]
+        + [(name, kind, {}) for name, kind in ALIGNMENT.items()]
     )
 
 

@@ -44,21 +44,21 @@ class GRPOOnTastes(Section):
     grpo_steps: int = Field(120, ge=1)
     """Steps of AdamW; each draws new answers."""
     grpo_learning_rate: float = Field(5e-4, gt=0)
-    """Of AdamW, constant after the warm-up (paper: 1e-6, for all weights of a large model)."""
+    """Of AdamW, constant after the warm-up (DeepSeekMath: 1e-6, for all weights of a large model)."""
     grpo_warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate rises from 0."""
     group_size: int = Field(8, ge=2)
-    """Answers to one prompt at one taste, which are compared with each other (paper: 64)."""
+    """Answers to one prompt at one taste, which are compared with each other (DeepSeekMath: 64)."""
     groups_per_step: int = Field(4, ge=1)
-    """Groups in a step (paper: 16)."""
+    """Groups in a step (DeepSeekMath: 16)."""
     group_mixtures: int = Field(1, ge=0)
     """In an epoch each prompt is asked at each prototype, and at so many random mixtures of them."""
     grpo_kl_weight: float = Field(0.04, ge=0)
-    """Weight of the divergence from the base, a mean over tokens; higher keeps the policy nearer (paper: 0.04)."""
+    """Weight of the divergence from the base, a mean over tokens; more keeps the policy nearer (DeepSeekMath: 0.04)."""
     clip_range: float = Field(0.2, gt=0, lt=1)
     """Epsilon of the clipped ratio; without effect while each answer is used for one step only."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What an advantage is divided by: the group's standard deviation (paper), that of all answers of a step, or 1."""
+    """What an advantage is divided by: the standard deviation of its group (DeepSeekMath), or of the step, or 1."""
     answers_per_pass: int = Field(8, ge=1)
     """Most answers in one pass with gradients; fewer need less memory and give the same step."""
 

@@ -32,7 +32,7 @@ class PolicySettings(LoraSettings):
     """The policy, and how it is looked at while it is trained, by DPO or by GRPO."""
 
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of an adapter's inputs dropped in training (paper: 0.05)."""
+    """Share of an adapter's inputs dropped in training (the paper's clients drop 0.05)."""
     check_every: int = Field(30, ge=1)
     """Steps between two looks at the policy on validation prompts."""
     kl_budget: float = Field(30.0, gt=0)
