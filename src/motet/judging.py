@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -106,6 +106,7 @@ def resolve_judging(words: Mapping[str, Any], seed: int = 0) -> AskedOfJudges:
     return AskedOfJudges(**built, seed=seed)
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Whoever looks on."""
 
