@@ -35,6 +35,7 @@ from motet.errors import ConfigError, DataError
 from motet.evaluation.people import HeldOut, Inference, Judged
 from motet.federated.contract import Combine, Ground, weighted_mean
 from motet.records import Broadcast, ClientData, Memory, Pair, Reply, generator
+from motet.selector.backbone import find_dtype
 from motet.selector.trained import About
 
 
@@ -141,7 +142,9 @@ class FedDPO:
         adapter_files(self._base(), state.adapter, self.settings, folder / "adapter")
 
     def _base(self) -> OpenBase:
-        return open_base(self.model, self.ground.device)
+        kind = self.settings.weights_dtype
+        dtype = None if kind == "default" else find_dtype(kind, torch.device(self.ground.device))
+        return open_base(self.model, self.ground.device, dtype)
 
     def _seed(self, client_id: int, round: int) -> int:
         g = generator(self.ground.seed, "client", client_id, "round", round)

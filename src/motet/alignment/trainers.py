@@ -82,6 +82,9 @@ class DPOSettings(LoraSettings):
     their end."""
     reference: Literal["base", "round"] = "base"
     """What the reward is measured against: the model without an adapter (paper), or the adapter received this round."""
+    weights_dtype: Literal["default", "auto", "float32", "bfloat16"] = "default"
+    """Type of the frozen weights. ``default`` is bfloat16 on a GPU and float32 on a CPU; ``auto`` takes bfloat16 on a
+    CPU that is fast at it, too: a third of the time, and log-likelihoods that miss by up to a nat an answer."""
 
 
 class Row(NamedTuple):
