@@ -197,16 +197,20 @@ def all_tables() -> list[tuple[str, Any, Mapping[str, Any]]]:
     """Every table of settings, with what preset ``paper`` sets in it."""
     from motet.algorithms import ALGORITHMS
     from motet.align import TABLES as ALIGNMENT
-    from motet.evaluation.judges import JudgeSettings
     from motet.experiment import PRESETS, TABLES
+    from motet.judging import TABLES as JUDGING
 
     own = [(f"algorithm of {name}", method.settings, method.paper) for name, method in ALGORITHMS.items()]
     return (
         [(name, kind, PRESETS["paper"].get(name, {})) for name, kind in TABLES.items()]
         + own
-        + [("judge", JudgeSettings, {})]
-        + [(name, kind, {}) for name, kind in ALIGNMENT.items()]
+        + [(name, kind, {}) for name, kind in {**ALIGNMENT, **JUDGING}.items()]
     )
+
+
+def test_every_table_is_on_the_page_once() -> None:
+    headings = re.findall(r"^## \[(\w+)\]( of [\w-]+)?$", text_of(DOCS / "settings.md"), re.M)
+    assert sorted(name + own for name, own in headings) == sorted(name for name, _, _ in all_tables())
 
 
 def test_every_setting_has_a_meaning() -> None:
@@ -257,7 +261,8 @@ def test_a_command_is_documented_word_for_word(name: str) -> None:
     assert example.removeprefix("Example: ").strip() in text.splitlines()
     page = {re.findall(r"`([^`]+)`", row[0])[0]: row[1] for row in cells(text)}
     code = {
-        (part.opts[0] if part.opts[0].startswith("--") else part.opts[0].upper()): part.help for part in command.params
+        (part.opts[0] if part.opts[0].startswith("--") else (part.metavar or part.opts[0]).upper()): part.help
+        for part in command.params
     }
     assert page == code
 
@@ -282,10 +287,23 @@ def command_lines() -> Iterator[tuple[str, str]]:
         yield name, re.findall(r"\[bold\](.*?)\[/bold\]", command.help or "")[0]
 
 
-def test_command_lines_on_the_pages_parse() -> None:
-    from motet.config import parse_words
+def settle(command: str, words: list[str]) -> None:
+    """Refuse settings that a command does not know."""
+    from motet.align import resolve_align
+    from motet.alignment.sampling import SamplingSettings
+    from motet.config import parse_words, settings
     from motet.experiment import resolve
+    from motet.judging import resolve_judging
 
+    ways: Mapping[str, Callable[[dict[str, Any]], object]] = {
+        "align": resolve_align,
+        "judge": resolve_judging,
+        "say": lambda given: settings(SamplingSettings, given, "--set"),
+    }
+    ways.get(command, lambda given: resolve(None, given))(parse_words(words))
+
+
+def test_command_lines_on_the_pages_parse() -> None:
     seen = 0
     for place, line in command_lines():
         words = [word for word in shlex.split(line.removeprefix("$ "), comments=True)[1:] if word != "--debug"]
@@ -297,7 +315,7 @@ def test_command_lines_on_the_pages_parse() -> None:
                 f"{place}: no option {word!r} in {line!r}"
             )
         settings = [after for word, after in itertools.pairwise(words) if word == "--set"]
-        resolve(None, parse_words(settings))
+        settle(words[0], settings)
         values = {
             name for part in commands()[words[0]].params for name in part.opts if not getattr(part, "is_flag", False)
         }
@@ -310,11 +328,16 @@ def test_command_lines_on_the_pages_parse() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_given_on_a_page_exist(page: Path) -> None:
-    from motet.config import parse_words
-    from motet.experiment import resolve
+    from motet.errors import ConfigError
 
     for word in re.findall(r"--set ([a-z_.]+=[^\s`;]+)", text_of(page)):
-        resolve(None, parse_words([word]))
+        refused = []
+        for command in ("run", "align", "judge"):
+            try:
+                settle(command, [word])
+            except ConfigError as error:
+                refused.append(str(error))
+        assert len(refused) < 3, refused
 
 
 # a run folder

@@ -14,6 +14,12 @@ BaseOption = Annotated[
     str | None, typer.Option("--base", help="Language model: smollm2, gemma3-270m, a folder, a .gguf file, a hub name.")
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, e.g. --set steps=60; repeatable.")]
+SamplingOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of sampling, e.g. --set top_p=0.9; repeatable.")
+]
+JudgingOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting, e.g. --set judged_prompts=300; repeatable.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Decides everything that is drawn.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, or another torch device.")]
 
@@ -87,7 +93,7 @@ def say(
         ),
     ] = "",
     base: BaseOption = None,
-    words: SetOption = None,
+    words: SamplingOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     cache: CacheOption = None,
@@ -138,17 +144,12 @@ def export(
 
     Example: [bold]motet export runs/policy --taste p0 --out runs/adapter[/bold]
     """
-    from motet.errors import ConfigError
     from motet.experiment import default_cache
     from motet.policies import export as write
     from motet.policies import open_model, open_policy, parse_taste
 
     where, policy = cache or default_cache(), open_policy(folder, base)
     chosen = parse_taste(policy, taste, where)
-    if chosen.bare:
-        raise ConfigError(
-            "--taste must be one to fold in, got base, which is the model without any adapter; name a taste"
-        )
     console = console_of()
     for sentence in (*chosen.said, *write(policy, open_model(policy, where, "cpu"), chosen, out)):
         console.print(plain(sentence), highlight=False, soft_wrap=True)
@@ -166,7 +167,7 @@ def judge(
     out: Annotated[Path | None, typer.Option("--out", help="JSON file with everything (default: inside A).")] = None,
     base: BaseOption = None,
     data: DataOption = None,
-    words: SetOption = None,
+    words: JudgingOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     cache: CacheOption = None,
