@@ -3,7 +3,7 @@
 import importlib.metadata
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from motet.errors import ConfigError, RunError
 from motet.policies import open_policy
 from motet.records import Turn, generator
 from motet.selector.reward import CallableReward, Prompt, votes
+from test_trainers import quick_collections as quick_collections
 from test_trainers import same_bits, write_language_model
 from toy_run import toy_run
 
@@ -282,7 +283,7 @@ def share(base: OpenBase, adapter: TasteAdapter, taste: Tensor | None) -> float:
     """Mean of ``early`` over fresh answers."""
     from motet.alignment.policy import wearing
 
-    many = PROMPTS * 30
+    many = PROMPTS * 15
     tastes = None if taste is None else taste.expand(len(many), -1)
     with wearing(base, adapter) as worn:
         texts = [answer.text for answer in sample(base, many, SAMPLING, 9, "test", worn=worn, tastes=tastes)]
@@ -311,8 +312,7 @@ def test_a_reward_that_knows_no_taste_rises(base: OpenBase, tmp_path: Path) -> N
     often = POLICY.model_copy(update={"check_every": 4})
     end = trained(base, start, tmp_path, LEARNS, reward=reward, tastes=NO_TASTES, policy=often)
     rewards = [row["reward"] for row in end.log[1:]]
-    assert rewards[-1] > rewards[0] + 0.05
-    assert share(base, end.adapter, None) > share(base, start, None) + 0.05
+    assert rewards[-1] > rewards[0] + 0.1
 
 
 # --- the same bits
@@ -368,12 +368,14 @@ def test_the_best_within_the_budget_is_kept(base: OpenBase, tmp_path: Path) -> N
 
 
 def test_a_policy_that_runs_away_is_told(base: OpenBase, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     start = moved(base)
     wild = replace(start, up={name: tensor * float("inf") for name, tensor in start.up.items()})
-    with pytest.raises((RunError, RuntimeError)):
-        trained(base, wild, tmp_path, look=nothing)
+    with pytest.raises(RunError) as error:
+        trained(base, wild, tmp_path)
+    assert str(error.value) == (
+        "the policy ran away before step 1: its weights are no longer finite; lower grpo_learning_rate or raise "
+        "grpo_kl_weight"
+    )
 
 
 # --- the base, the network

@@ -29,7 +29,16 @@ from torch import Tensor
 
 from motet.alignment.policy import TasteAdapter, Worn
 from motet.alignment.sampling import SamplingSettings, prompt_ids, sample
-from motet.alignment.stretches import Look, PolicySettings, State, Trained, Training, Watch, train_in_stretches
+from motet.alignment.stretches import (
+    Look,
+    PolicySettings,
+    State,
+    Trained,
+    Training,
+    Watch,
+    check_finite,
+    train_in_stretches,
+)
 from motet.alignment.trainers import OpenBase, lora_config, quiet_arguments, trl_grpo
 from motet.config import Section
 from motet.records import Turn, generator
@@ -73,6 +82,9 @@ LOGGED = {
 }
 """What is kept of TRL's log, and how it calls it: means over the answers of a stretch. ``flat_groups`` is the share of
 groups whose answers all got the same reward: nothing is learnt from them."""
+
+
+ADVICE = "lower grpo_learning_rate or raise grpo_kl_weight"
 
 
 class Group(NamedTuple):
@@ -133,7 +145,7 @@ def train_policy_grpo(
     training = Training(
         settings.grpo_steps, settings.grpo_learning_rate, settings.grpo_warmup_steps, build, fit,
         {name: key for name, key in LOGGED.items() if settings.grpo_kl_weight or key != "kl"},
-        "lower grpo_learning_rate or raise grpo_kl_weight",
+        ADVICE,
     )  # fmt: skip
     return train_in_stretches(base, start, training, policy, look, checkpoint, identity, watch)
 
@@ -289,7 +301,9 @@ def _on_tastes() -> tuple[Any, Any]:
             return [prompt_ids(self.base, prompt, self.sampling.max_prompt_tokens) for prompt in self.asked], None, {}
 
         def _generate_single_turn(self, *_: Any, **__: Any) -> Any:
-            names = ("group", self.first + self.state.global_step)
+            step = self.first + self.state.global_step
+            check_finite(self.worn.adapter(), step + 1, ADVICE)  # before torch is asked to draw from no distribution
+            names = ("group", step)
             drawn = sample(self.base, self.asked, self.sampling, self.seed, *names, worn=self.worn, tastes=self.tastes)
             return [list(answer.tokens) for answer in drawn], None
 

@@ -154,12 +154,18 @@ def _stretch(
         line = next(line for line in reversed(trainer.state.log_history) if all(key in line for key in keys))
         figures = {name: float(line[key]) for name, key in training.logged.items()}
         adapter, moments = worn.adapter(), _moments(trainer.optimizer)
-        if not all(bool(t.isfinite().all()) for t in adapter.tensors().values()):
-            raise RunError(
-                f"the policy ran away before step {state.step + steps}: its weights are no longer finite; "
-                f"{training.advice}"
-            )
+        check_finite(adapter, state.step + steps, training.advice)
         return _seen(state, steps, adapter, moments, look(worn), figures, settings)
+
+
+def check_finite(adapter: TasteAdapter, step: int, advice: str) -> None:
+    """Refuse a policy that has run away.
+
+    Raises:
+        RunError: A weight is not finite.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in adapter.tensors().values()):
+        raise RunError(f"the policy ran away before step {step}: its weights are no longer finite; {advice}")
 
 
 def _seen(
