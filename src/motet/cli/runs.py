@@ -44,7 +44,8 @@ def demo(
     from motet.experiment import run
     from motet.federated.server import has_checkpoint
 
-    asked = settle("voices", {"clients": 24}, None, seed)
+    # half of the prompts are set aside for a judge, so that a policy of the demo can be judged
+    asked = settle("voices", {"clients": 24, "judge_share": 0.5}, None, seed)
     watcher = Watcher(quiet=as_json)
     began = time.perf_counter()
     # a second demo shows the same as the first: it goes on from what is there, if it is the same run
@@ -62,6 +63,7 @@ def demo(
     for line in (
         f"{me} report {out}",
         f"{me} choose {out} --context examples/me.jsonl --pairs examples/new.jsonl",
+        f"{me} align {out} --out {out.parent / 'policy'}",
         f"{me} run voices --set clients=60 --set label_noise=0.2 --out runs/noisy",
         f"{me} run voices --labels coin-flip --out runs/coin",
         f"{me} run pairs --data your-pairs.jsonl --out runs/yours",
