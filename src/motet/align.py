@@ -161,13 +161,16 @@ def align(
         KeyboardInterrupt: On Ctrl-C; sampled answers are kept, and training can be resumed.
     """
     watcher, began = watcher or Silent(), time.perf_counter()
+    if (out / "summary.json").exists():
+        raise RunError(f"{str(out)!r} holds a run, a policy needs a folder of its own; choose another --out")
     if not resume and ((out / ABOUT).exists() or (out / CHECKPOINT).exists()):
         raise RunError(f"{str(out)!r} already holds a policy; add --resume to go on with it, or choose another --out")
     settled = _run_settings(run, data)
     reward = open_reward(run, cache)
     names, tastes = tastes_of(run, reward, asked)
     with locked(out):
-        write_toml(out / ALIGN, asked.tables())
+        if not (out / CHECKPOINT).exists():  # one that is there is of the same settings, or will be refused
+            write_toml(out / ALIGN, asked.tables())
         deal = load_recipe(settled.data, settled.seed)
         training, validation = _prompts(deal, asked, watcher)
         place = find_device(asked.align.align_device)
@@ -221,7 +224,8 @@ def _by_dpo(
     watcher.said("labelling the answers under every taste")
     labels = label(ready.prompts, texts, ready.reward, ready.tastes, ready.names, asked.labels, asked.seed)
     watcher.said(_told(labels, len(ready.prompts)))
-    _write_pairs(out, labels)
+    if not (out / CHECKPOINT).exists():
+        _write_pairs(out, labels)
     identity = _identity(asked, ready.base, [(row.pair, row.name, row.taste.tolist()) for row in labels.rows])
     trained = train_policy(
         ready.base, ready.start, labels.rows, asked.dpo, asked.policy, asked.seed, looking, out / CHECKPOINT, identity,
@@ -291,21 +295,23 @@ def _run_settings(run: Path, data: str | None) -> Settings:
 def _prompts(deal: Deal, asked: Asked, watcher: Watcher) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and prompts to look at the policy with; no prompt is in both, nor in anybody's pairs."""
     wanted = asked.align.prompts_used + asked.policy.validation_prompts
-    taken = {pair.group for person in deal.people for pair in (*person.train, *person.test)}
-    taken |= {pair.group for pairs in deal.reserve.values() for pair in pairs}
+    held = [pair for person in deal.people for pair in (*person.train, *person.test)]
+    held += [pair for pairs in deal.reserve.values() for pair in pairs]
+    taken = {name for pair in held for name in (pair.group, prompt_group(pair.prompt))}  # data may name its own groups
+    own, more = [pair.prompt for pair in deal.public], [*bundled_prompts("train")]
     if asked.align.prompts is not None:
-        found = [*read_prompts(Path(asked.align.prompts))]
-        said = f"{len(found)} prompts of {Path(asked.align.prompts).name}"
-    else:
-        found = list(dict.fromkeys(pair.prompt for pair in deal.public))
-        own = min(len(found), wanted)
-        found += [prompt for prompt in bundled_prompts("train") if prompt_group(prompt) not in taken]
-        said = f"{own} public prompts of the run and {min(len(found), wanted) - own} bundled ones"
-    order = sorted(range(len(found)), key=lambda i: _rank(found[i], asked.seed))
-    if asked.align.prompts is None:  # the run's own come first: they are what its people ask
-        order = [i for i in order if i < own] + [i for i in order if i >= own] if own < len(found) else order
-    unique = list({prompt_group(found[i]): found[i] for i in reversed(order)}.items())[::-1]
-    kept = [prompt for group, prompt in unique if group not in taken][:wanted]
+        own, more = [*read_prompts(Path(asked.align.prompts))], []
+    free: dict[str, Prompt] = {}
+    for some in (own, more):  # the run's own come first: they are what its people ask
+        for prompt in sorted(some, key=lambda prompt: _rank(prompt, asked.seed)):
+            if prompt_group(prompt) not in taken:
+                free.setdefault(prompt_group(prompt), prompt)
+    kept = list(free.values())[:wanted]
+    known = {prompt_group(prompt) for prompt in own}
+    first = sum(prompt_group(prompt) in known for prompt in kept)
+    said = f"{first} public prompts of the run and {len(kept) - first} bundled ones"
+    if asked.align.prompts is not None:
+        said = f"{first} prompts of {Path(asked.align.prompts).name}"
     if len(kept) < asked.policy.validation_prompts + 2:
         raise DataError(
             f"{len(kept)} prompts are left that stand in nobody's pairs, {asked.policy.validation_prompts + 2} are "
