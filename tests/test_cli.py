@@ -17,7 +17,7 @@ import pytest
 
 from motet.cli import app, main
 from motet.engines.local import LocalEngine
-from toy_run import SMALL, few_voices, read, rounds_of, toy_run
+from toy_run import SMALL, few_voices, read, rounds_of, toy_policy, toy_run
 
 COMMANDS = sorted(
     str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback
@@ -90,7 +90,10 @@ def test_every_command_has_help_with_an_example(motet: Motet, command: str) -> N
 def test_no_word_at_all_is_help(motet: Motet) -> None:
     answer = motet()
     assert all(command in answer.out + answer.err for command in COMMANDS)
-    assert COMMANDS == ["bench", "choose", "compare", "demo", "papers", "report", "run", "sweep"]
+    assert COMMANDS == [
+        "align", "bench", "choose", "compare", "demo", "export", "judge", "papers", "play", "report", "run", "say",
+        "sweep",
+    ]  # fmt: skip
 
 
 # --- mistakes
@@ -152,6 +155,86 @@ def test_a_mistake_is_one_sentence(motet: Motet, mine: Path, line: str, sentence
     assert answer.err.count("\n") == 1
     assert "Traceback" not in answer.out + answer.err
     assert contents(mine) == before
+
+
+@pytest.fixture(scope="module")
+def toy_made(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_policy(toy, tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def policy(mine: Path, toy_made: Path, tmp_path: Path) -> Path:
+    """A copy of a policy, beside its base and its run, to be worked on."""
+    shutil.copytree(toy_made.parent / "llama", tmp_path / "llama")
+    shutil.copytree(toy_made, tmp_path / "policy")
+    (tmp_path / "empty.jsonl").write_text("")
+    return tmp_path / "policy"
+
+
+KNOWN = "this policy knows group 0 (p0), group 1 (p1), group 2 (p2), group 3 (p3), and base"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("align gone --out new", "'gone' is no finished run; give the folder that motet run or motet demo wrote"),
+        ("align mine --out policy", "'policy' already holds a policy; add --resume to go on with it, or choose"),
+        ("align mine --out new --set stepz=3", "unknown setting 'stepz' in --set; did you mean 'steps'?"),
+        ("align mine --out new --set dpo.grpo_steps=3", "unknown setting 'dpo.grpo_steps' in --set"),
+        ("align mine --out new --by ppo", "by in --set: input should be 'dpo' or 'grpo', got 'ppo'"),
+        ("align mine --out new --set steps=0", "steps in --set: input should be greater than or equal to 1"),
+        ("align mine --out new", "model must be a language model to be trained or unpacked, got 'toy'"),
+        ("align mine --out new --base ./gone", "there is no folder './gone'; model wants a folder"),
+        ("align mine --out new --set prompts=gone.txt", "there is no file 'gone.txt'"),
+        ("align mine --out new --data gone.jsonl", "there is no file or folder 'gone.jsonl'"),
+        ("say gone Hello", "there is no policy in 'gone': policy.json or adapter_config.json must be there"),
+        ("say mine Hello", "there is no policy in 'mine': policy.json or adapter_config.json must be there"),
+        ("say base Hello", "the bare base model needs --base, got none; for example --base smollm2"),
+        ("say policy ' ' --taste p0", "the prompt must be a text, got an empty one; write what you want to ask"),
+        ("say policy Hello", f"--taste is needed, got none; {KNOWN}"),
+        ("say policy Hello --taste helpful", f"unknown taste 'helpful' in --taste 'helpful'; {KNOWN}"),
+        ("say policy Hello --taste much*p0", "--taste wants names and weights such as 0.7*group 0+0.3*group 3"),
+        ("say policy Hello --taste gone.jsonl", "there is no file 'gone.jsonl'; --taste takes a name, a mixture or"),
+        ("say policy Hello --taste empty.jsonl", "empty.jsonl holds no rows; give a file or folder"),
+        ("say policy Hello --taste p0 --set steps=3", "unknown setting 'steps' in --set"),
+        ("say base Hello --base llama --taste p0", "this policy knows no tastes, got 'p0'; leave --taste out, or give"),
+        ("export policy --out new", f"--taste is needed, got none; {KNOWN}"),
+        ("export policy --taste p0 --out mine", "'mine' is not an empty folder; choose another --out"),
+        ("export policy --taste base --out new", "the taste 'base' is the model without any adapter"),
+        ("export base --base llama --out new", "the bare base model has no adapter to export"),
+        ("judge gone base", "there is no policy in 'gone'"),
+        ("judge policy gone", "there is no policy in 'gone'"),
+        ("judge base policy", "the first policy must have an adapter, got base; give a policy first, base second"),
+        ("judge policy base", "the judge held-out learns from pairs that were set aside before the run, got none"),
+        ("judge policy base --judge me", "judge in --set: input should be 'held-out', 'rule' or 'openai', got 'me'"),
+        ("judge policy base --judge openai", "base_url must begin with http:// or https:// and name a host, got ''"),
+        ("judge policy base --taste p9", f"unknown taste 'p9' in --taste 'p9'; {KNOWN}"),
+        ("judge policy base --dial p0", "--dial wants two prototypes with a colon between them, got 'p0'; p0:p1"),
+        ("judge policy base --dial p0:p9", f"unknown taste 'p9' in --taste 'p9'; {KNOWN}"),
+        ("judge policy base --dial p0:p0", "--dial wants two prototypes such as group 0:group 1, got 'p0:p0'"),
+        ("judge policy base --judge rule --set judged_prompts=9999", "270 prompts are new to the policies and to"),
+        ("judge policy base --set rounds=3", "unknown setting 'rounds' in --set"),
+    ],
+)
+def test_a_mistake_about_policies_is_one_sentence(motet: Motet, policy: Path, line: str, sentence: str) -> None:
+    before = contents(policy)
+    answer = motet(*shlex.split(line))
+    assert answer.code == 2
+    assert answer.err.startswith(f"motet: {sentence}"), answer.err
+    assert answer.err.count("\n") == 1
+    assert "Traceback" not in answer.out + answer.err
+    assert contents(policy) == before
+
+
+def test_the_page_says_what_it_lacks(motet: Motet, policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("motet.play.server.find_spec", lambda name: None)
+    answer = motet("play", policy)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "motet: motet play needs gradio; run: pip install 'motet[play]'\n"
+    monkeypatch.setattr("motet.play.server.need_gradio", lambda: None)
+    answer = motet("play", "gone")
+    assert answer.code == 2
+    assert answer.err.startswith("motet: there is no policy in 'gone'")
 
 
 @pytest.mark.parametrize("line", ["--nonsense", "run voices --nonsense", "walk", "run --seed -1", "choose", "run a b"])
@@ -232,6 +315,100 @@ def test_choosing_prints_a_table(motet: Motet, mine: Path) -> None:
     assert answer.code == 0
     assert "taste inferred from 4 choices" in answer.out
     assert "P(first)" in answer.out
+
+
+def test_a_policy_answers_and_says_at_which_taste(motet: Motet, policy: Path) -> None:
+    answer = motet("say", policy, "Tea?", "--taste", "0.7*p0+0.6*group 1", "--set", "max_new_tokens=3")
+    assert answer.code == 0
+    assert "taste: 0.7*group 0+0.6*group 1 (0.70 group 0, 0.60 group 1)" in answer.err
+    assert "the weights sum to 1.3" in answer.err
+    answer = motet("say", policy, "Tea?", "--taste", EXAMPLES / "me.jsonl", "--set", "max_new_tokens=3", "--json")
+    assert answer.code == 0
+    said = json.loads(answer.out)
+    assert list(said) == ["taste", "shares", "unsure", "said", "answer"]
+    assert said["taste"] == "me.jsonl"
+    assert sum(said["shares"].values()) == pytest.approx(1)
+    assert "taste inferred from 4 choices" in said["said"][0]
+
+
+def test_an_adapter_is_exported_and_can_be_asked_and_judged(motet: Motet, policy: Path) -> None:
+    answer = motet("export", policy, "--taste", "p1", "--out", "adapter")
+    assert answer.code == 0
+    assert "adapter: adapter" in answer.out
+    assert sorted(path.name for path in Path("adapter").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    assert "llama at the taste group 1" in Path("adapter/README.md").read_text(encoding="utf-8")
+    assert motet("say", "adapter", "Tea?", "--base", "llama", "--set", "max_new_tokens=3").code == 0
+    small = [word for name in ("judged_prompts=4", "least_prompts=4", "max_new_tokens=3") for word in ("--set", name)]
+    answer = motet("judge", policy, policy, "--judge", "rule", "--taste", "p0", *small)
+    assert answer.code == 0, answer.err
+    assert "Win rate of policy against policy on each axis" in " ".join(answer.out.split())
+    assert "policy: group 0" in answer.out
+    assert read(policy, "judged-policy-rule.json")["table"]["group 0"]["rule: more length"]["ties"] == 4
+    answer = motet("judge", "adapter", policy, "--base", "llama", "--judge", "rule", *small)
+    assert answer.code == 2
+    assert answer.err.startswith(
+        "motet: the second policy must know the tastes of the first, got '–'; it knows group 0,"
+    )
+
+
+@pytest.mark.slow
+def test_from_a_run_to_a_judged_policy(motet: Motet, tmp_path: Path, undrawn: None) -> None:
+    from test_trainers import write_language_model
+
+    write_language_model(tmp_path / "llama")
+    voices = few_voices(tmp_path, 80)
+    settings = {**SMALL, "rounds": 2, "judge_share": 0.5, "data": voices}
+    assert (
+        motet("run", "voices", *[w for n, v in settings.items() for w in ("--set", f"{n}={v}")], "--out", "run").code
+        == 0
+    )
+    short = "prompts_used=4 validation_prompts=2 max_new_tokens=4 steps=2 check_every=1 batch_pairs=2"
+    train = [w for setting in short.split() for w in ("--set", setting)]
+    for by, more in (("dpo", "answers_per_prompt=2 least_probability=0.5"), ("grpo", "grpo_steps=1 group_size=2")):
+        extra = [w for setting in more.split() for w in ("--set", setting)]
+        answer = motet("align", "run", "--out", by, "--by", by, "--base", "./llama", *train, *extra)
+        assert answer.code == 0, answer.err
+        assert f"policy: {by}" in answer.out
+        assert motet("align", "run", "--out", by, "--by", by, "--base", "./llama", *train, *extra, "--resume").code == 0
+    small = "judged_prompts=8 least_prompts=8 max_new_tokens=4 judge_model=toy people=1"
+    words = [w for setting in small.split() for w in ("--set", setting)]
+    answer = motet("judge", "dpo", "base", "--dial", "p0:p1", *words, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found == read(Path("dpo"), "judged-base-held-out.json")
+    assert_like_the_page(Path("dpo"), Path("grpo"), found)
+    answer = motet("judge", "dpo", "grpo", *words)
+    assert answer.code == 0, answer.err
+    assert "Win rate of dpo against grpo on each axis" in " ".join(answer.out.split())
+
+
+def assert_like_the_page(dpo: Path, grpo: Path, found: dict[str, Any]) -> None:
+    """Files and keys of ``docs/policies.md``."""
+    from safetensors.torch import load
+
+    from motet.alignment.grpo import LOGGED
+    from test_docs import cells, keys, section
+
+    page = cells(section("policies.md", "## The policy folder").split("\n### ")[0])
+    files = {name for row in page for name in keys(f"| {row[0]} |")}
+    assert {path.name for path in dpo.iterdir()} == files - {"judged-SECOND-JUDGE.json"} | {"judged-base-held-out.json"}
+    assert {path.name for path in grpo.iterdir()} == files - {"judged-SECOND-JUDGE.json", "pairs.jsonl"}
+    pairs, steps = ((dpo / name).read_text().splitlines()[-1] for name in ("pairs.jsonl", "steps.jsonl"))
+    assert list(json.loads(pairs)) == keys(section("policies.md", "### pairs.jsonl"))
+    assert list(json.loads(steps)) == keys(section("policies.md", "### steps.jsonl"))
+    assert list(json.loads((grpo / "steps.jsonl").read_text().splitlines()[-1])) == ["step", "gain", "kl", *LOGGED]
+    assert all(f"`{name}`" in section("policies.md", "### steps.jsonl") for name in LOGGED)
+    assert list(read(dpo, "policy.json")) == keys(section("policies.md", "### policy.json"))
+    names = load((dpo / "policy.safetensors").read_bytes())
+    held = {f"{name.split('.')[0]}.…" if "." in name else name for name in names}
+    assert held == set(keys(section("policies.md", "### policy.safetensors")))
+    text, _, verdict = section("policies.md", "### The judgement as JSON").partition("A verdict:")
+    assert list(found) == keys(text)
+    person, dial = found["people"][0], found["dial"]
+    assert {*person, *dial, *next(iter(found["manner"].values())), *found["samples"][0]} <= {*text.split("`")[1::2]}
+    assert list(person["verdict"]) == keys(verdict)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,33 @@ def toy_run(factory: Any) -> Path:
     return _made[0]
 
 
+def toy_policy(run: Path, folder: Path) -> Path:
+    """A policy of a run that has not learnt anything, in a folder of its own; beside it ``llama``, its tiny base."""
+    from motet.alignment.policy import start_policy
+    from motet.alignment.stretches import PolicySettings
+    from motet.alignment.trainers import open_base
+    from motet.experiment import resolve
+    from motet.policies import write_policy
+    from motet.records import generator
+    from motet.selector.trained import load_selector
+    from test_trainers import write_language_model
+
+    llama, policy, asked = (
+        write_language_model(folder / "llama"),
+        folder / "policy",
+        resolve(config=run / "config.toml"),
+    )
+    policy.mkdir()
+    for name in ("selector.safetensors", "config.json", "posteriors.safetensors"):
+        (policy / name).write_bytes((run / name).read_bytes())
+    tastes = load_selector(run)[0].prototypes
+    adapter = start_policy(open_base(str(llama), "cpu"), PolicySettings(), tastes, generator(0, "toy"))
+    about = {"base": "llama", "by": "dpo", "method": asked.method, "recipe": asked.data.recipe, "run_seed": asked.seed,
+             "data": asked.data.model_dump(mode="json"), "figures": {}, "trained_on": []}  # fmt: skip
+    write_policy(policy, adapter, tastes, [f"group {i}" for i in range(len(tastes))], about)
+    return policy
+
+
 def rounds_of(folder: Path) -> list[dict[str, Any]]:
     """The log of a run, without the one figure that no clock repeats."""
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
