@@ -155,7 +155,10 @@ def test_no_prompt_of_anybody_is_trained_on(toy: Path, made: tuple[Path, Heard, 
 # --- interruptions, and the cache
 
 
-@pytest.mark.parametrize("stop", [("sampling", 12), ("training", 1), ("training", 3)])
+SLOW_STOPS = [pytest.param(stop, marks=pytest.mark.slow) for stop in (("sampling", 12), ("training", 1))]
+
+
+@pytest.mark.parametrize("stop", [("training", 3), *SLOW_STOPS])
 def test_an_interrupted_alignment_goes_on_to_the_same_bits(
     toy: Path, made: tuple[Path, Heard, dict[str, Any]], words: dict[str, Any], tmp_path: Path, stop: tuple[str, int]
 ) -> None:
@@ -173,6 +176,7 @@ def test_an_interrupted_alignment_goes_on_to_the_same_bits(
     assert changed in ([], ["figures"]), "only the clock differs"
 
 
+@pytest.mark.slow
 def test_a_second_method_finds_the_answers_in_the_cache(
     toy: Path, made: tuple[Path, Heard, dict[str, Any]], words: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -192,6 +196,7 @@ def test_a_second_method_finds_the_answers_in_the_cache(
     assert [row["step"] for row in rows(tmp_path / "policy" / "steps.jsonl")] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_method_without_prototypes_gets_groups(toy: Path, words: dict[str, Any], tmp_path: Path) -> None:
     asked = resolve("voices", {**SMALL, "rounds": 2, "data": str(toy.parent / "voices.jsonl")}, method="fedvpl")
     run_once(asked, tmp_path / "fedvpl", toy.parent / "cache", report=False)
@@ -348,6 +353,7 @@ def test_names_of_tastes_are_unique() -> None:
     assert unique_names(()) == ()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_policy(
     toy: Path, made: tuple[Path, Heard, dict[str, Any]], words: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_margins_agree_with_the_folded_adapters(base: OpenBase, moved: TasteAdap
     assert by_hand(base, moved.tensors(), moved.taste_scale).tolist() == pytest.approx(margins, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_rises_over_the_first_steps(base: OpenBase, moved: TasteAdapter, tmp_path: Path) -> None:
     """Adam's first step is as long as the learning rate, whatever the gradient."""
     for warmup, share in ((0, 1.0), (1, 1.0), (4, 0.25)):
@@ -181,6 +182,7 @@ def test_each_epoch_has_every_pair_once() -> None:
 SIX = ONE_STEP.model_copy(update={"steps": 6, "batch_pairs": 1, "warmup_steps": 3})
 
 
+@pytest.mark.slow
 def test_how_often_it_is_looked_at_changes_nothing(base: OpenBase, start: TasteAdapter, tmp_path: Path) -> None:
     found = []
     for every in (2, 6):
@@ -371,6 +373,7 @@ def test_one_policy_learns_two_opposite_tastes(base: OpenBase, start: TasteAdapt
     assert between.abs().mean() < margins.mean(), "half of each lies between them"
 
 
+@pytest.mark.slow
 def test_without_tastes_it_is_plain_dpo(base: OpenBase, tmp_path: Path) -> None:
     start = start_policy(base, POLICY, torch.zeros(0, 0), generator(0))
     nothing = torch.zeros(0)

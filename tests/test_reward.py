@@ -249,7 +249,10 @@ def test_a_run_of_fedvpa_scores_as_it_predicts(tmp_path_factory: pytest.TempPath
     torch.testing.assert_close(torch.sigmoid(first - second), chooser.probability(taste, PAIRS), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["fedvpl", "fedbiscuit", "shared", "mixture-em"])
+SLOW_METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in ("fedvpl", "shared", "mixture-em")]
+
+
+@pytest.mark.parametrize("method", ["fedbiscuit", *SLOW_METHODS])
 def test_a_run_of_the_other_methods_is_a_reward(folder: Path, method: str) -> None:
     from motet.person import predict
 

@@ -110,15 +110,15 @@ def test_at_a_low_temperature_it_is_the_greedy_answer(base: OpenBase) -> None:
 
 
 def test_draws_have_the_models_probabilities(base: OpenBase) -> None:
-    """Five thousand first tokens against the softmax at that temperature."""
-    one = SamplingSettings(max_new_tokens=1, batch_rows=5000, sampling_temperature=0.5)
-    drawn = torch.tensor([a.tokens[0] for a in sample(base, PROMPTS[:1] * 5000, one, 0)])
+    """Two thousand first tokens against the softmax at that temperature."""
+    one = SamplingSettings(max_new_tokens=1, batch_rows=2000, sampling_temperature=0.5)
+    drawn = torch.tensor([a.tokens[0] for a in sample(base, PROMPTS[:1] * 2000, one, 0)])
     with torch.no_grad():
         logits = base.model(input_ids=torch.tensor([prompt_ids(base, PROMPTS[0], 999)])).logits[0, -1]
     wanted = (logits / 0.5).softmax(dim=0)
-    found = torch.bincount(drawn, minlength=300) / 5000
-    assert (found - wanted).abs().sum() < 0.25
-    assert (found - logits.softmax(dim=0)).abs().sum() > 0.4
+    found = torch.bincount(drawn, minlength=300) / 2000
+    assert (found - wanted).abs().sum() < 0.35
+    assert (found - logits.softmax(dim=0)).abs().sum() > 0.5
     few = SamplingSettings(max_new_tokens=1, batch_rows=500, sampling_temperature=0.5, top_p=0.3)
     ordered, places = wanted.sort(descending=True)
     kept = set(places[: int((ordered.cumsum(0) < 0.3).sum()) + 1].tolist())
