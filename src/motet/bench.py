@@ -12,9 +12,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ import torch
 from rich.table import Table
 
 from motet.algorithms.fedvpa import FedVPA, FedVPASettings, FedVPAState
+from motet.alignment.dpo import DPOOnTastes, train_policy
+from motet.alignment.labels import Labelled
+from motet.alignment.policy import start_policy
+from motet.alignment.stretches import Look, PolicySettings
+from motet.alignment.trainers import DPOSettings, OpenBase, open_base, start_adapter, train_dpo
 from motet.config import nearest
 from motet.data.recipes import DataSettings, load_recipe
 from motet.engines.local import LocalEngine
@@ -30,7 +37,16 @@ from motet.experiment import Silent, build_algorithm, default_cache, holdings, p
 from motet.federated.contract import Ground
 from motet.latent.prior import merge
 from motet.records import ClientData, generator
-from motet.selector.backbone import BackboneSettings, CausalBackbone, Item, batches, open_backbone
+from motet.selector.backbone import (
+    BackboneSettings,
+    CausalBackbone,
+    Item,
+    batches,
+    find_device,
+    find_dtype,
+    model_folder,
+    open_backbone,
+)
 
 Say = Callable[[str], None]
 REPEATS = 5
@@ -205,6 +221,64 @@ def feddpo_round(cache: Path) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def align(cache: Path) -> dict[str, Any]:
+    """A step of DPO of a taste-gated policy against one of the same LoRA without gates, as PEFT makes it.
+
+    A step takes all rows, so both sides compute the same whatever their order; it is timed from its first pass to the
+    first pass of the next step, so neither side's set-up counts.
+    """
+    place, settings = find_device("auto"), PolicySettings(check_every=3)
+    base = open_base(model_folder(BackboneSettings(), cache), str(place), find_dtype("auto", place))
+    pairs = load_recipe(DataSettings(recipe="voices"), 0).people[0].train[:2]
+    steps = DPOOnTastes(steps=3, batch_pairs=len(pairs))
+    plain = DPOSettings(
+        local_steps=steps.steps, batch_pairs=len(pairs), max_tokens=steps.max_tokens,
+        **{name: getattr(settings, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")},
+    )  # fmt: skip
+    tastes = 5 * torch.eye(32)[:2]
+    rows = [Labelled(pair, tastes[row % 2], f"p{row % 2}", 1.0) for row, pair in enumerate(pairs)]
+    gated, bare = start_policy(base, settings, tastes, generator(0, "bench")), start_adapter(base, plain, generator(0))
+
+    def with_gates() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            look, file = (lambda worn: Look(0.0, 0.0)), Path(folder) / "checkpoint.safetensors"
+            train_policy(base, gated, rows, steps, settings, 0, look, file, "bench")
+
+    def without() -> None:
+        train_dpo(base, bare, tuple(pairs), plain, 0)
+
+    sides: dict[Callable[[], None], list[float]] = {with_gates: [], without: []}
+    for _ in range(REPEATS + 1):
+        for work, seconds in sides.items():
+            seconds.append(_step_seconds(base, work, steps.steps))
+    ours, theirs = (seconds[1:] for seconds in sides.values())  # the first of each warms up
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    overhead = statistics.median(ratios) - 1
+    return _entry(
+        overhead, "of a step more", "< 0.05", lambda v: v < 0.05,
+        "a DPO step of the taste-gated adapter against one of plain LoRA, same language model and rows",
+        gates_overhead=overhead, lowest=min(ratios) - 1, highest=max(ratios) - 1,
+        seconds_gated=statistics.median(ours), seconds_plain=statistics.median(theirs), pairs=len(pairs),
+    )  # fmt: skip
+
+
+def _step_seconds(base: OpenBase, train: Callable[[], None], steps: int) -> float:
+    """Median seconds of a training's steps but the last, whose end nothing marks."""
+    passes: list[float] = []
+
+    def began(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            passes.append(time.perf_counter())
+
+    hook = base.model.get_input_embeddings().register_forward_pre_hook(began)
+    try:
+        train()
+    finally:
+        hook.remove()
+    starts = passes[:: len(passes) // steps]
+    return statistics.median(b - a for a, b in pairwise(starts))
+
+
 def known_clients(cache: Path) -> dict[str, Any]:
     """A round (cohort 100) with 10,000 known clients against one with 100; in a fresh process, with its peak memory."""
     code = "from motet.bench import _known_clients; _known_clients()"
@@ -298,5 +372,6 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "batched-clients": batched_clients,
     "extraction": extraction,
     "feddpo-round": feddpo_round,
+    "align": align,
     "known-clients": known_clients,
 }
