@@ -177,7 +177,7 @@ def align(
         model = asked.align.base or settled.backbone.model
         folder = model_folder(base_settings(model), cache)
         base = open_base(folder, str(place), find_dtype(asked.align.align_dtype, place))
-        looking = _looker(base, reward, validation, names, tastes, asked, watcher)
+        looking = _looker(base, reward, validation, tastes, asked, watcher)
         start = start_policy(base, asked.policy, tastes, generator(asked.seed, "adapter"))
         ready = Ready(base, start, training, reward, names, tastes)
         by = _by_grpo if asked.align.by == "grpo" else _by_dpo
@@ -345,47 +345,41 @@ def _looker(
     base: OpenBase,
     reward: RewardModel,
     prompts: Sequence[Prompt],
-    names: Sequence[str],
     tastes: Tensor,
     asked: Asked,
     watcher: Watcher,
 ) -> Callable[[Worn], Look]:
     """How the policy is looked at: its answers against the base's, by the reward, at each prototype."""
-    kinds: list[Tensor | None] = [*tastes] if len(tastes) else [None]
-    before: list[Tensor] = []
+    # all tastes in one batch, a taste a row: a pass over few rows costs nearly as much as one over many
+    asked_of = [prompt for _ in range(max(1, len(tastes))) for prompt in prompts]
+    each = tastes.repeat_interleave(len(prompts), dim=0) if len(tastes) else None
+    baseline: list[str] = []
 
     def look(worn: Worn) -> Look:
         worn.model.eval()
-        if not before:
+        # the base's own random numbers: an adapter that changes nothing gains exactly nothing
+        if not baseline:
             with worn.taken_off():
-                drawn = sample(base, prompts, asked.sampling, asked.seed, "look")
-            texts = [answer.text for answer in drawn]
-            before.extend(reward.score(prompts, texts, taste=taste) for taste in kinds)
-            baseline[:] = texts
-        gains, kls = [], []
-        for number, taste in enumerate(kinds):
-            each = None if taste is None else taste.expand(len(prompts), -1)
-            # the base's own random numbers: an adapter that changes nothing gains exactly nothing
-            drawn = sample(base, prompts, asked.sampling, asked.seed, "look", worn=worn, tastes=each)
-            texts = [answer.text for answer in drawn]
-            gains.append(_gain(reward, prompts, texts, baseline, before[number], taste))
-            kls.append(distance(base, prompts, drawn, asked.sampling, worn, each).kl.mean())
-        found = Look(float(torch.stack(gains).mean()), float(torch.stack(kls).mean()))
+                drawn = sample(base, asked_of, asked.sampling, asked.seed, "look")
+            baseline.extend(answer.text for answer in drawn)
+        drawn = sample(base, asked_of, asked.sampling, asked.seed, "look", worn=worn, tastes=each)
+        gain = _gain(reward, asked_of, [answer.text for answer in drawn], baseline, each)
+        found = Look(float(gain), float(distance(base, asked_of, drawn, asked.sampling, worn, each).kl.mean()))
         watcher.looked(found._asdict())
         return found
 
-    baseline: list[str] = []
     return look
 
 
 def _gain(
-    reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], baseline: Sequence[str], before: Tensor,
-    taste: Tensor | None,
-) -> Tensor:  # fmt: skip
-    if reward.name == "vote":  # a vote is between two answers, which must stand in one call
-        both = reward.score([*prompts, *prompts], [*texts, *baseline])
-        return (both[: len(prompts)] - both[len(prompts) :]).mean()
-    return (reward.score(prompts, texts, taste=taste) - before).mean()
+    reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str], baseline: Sequence[str], tastes: Tensor | None
+) -> Tensor:
+    """Mean reward of the answers minus that of the base's."""
+    # in one call, for a vote is between the answers that stand in it
+    both = reward.score(
+        [*prompts, *prompts], [*texts, *baseline], taste=None if tastes is None else tastes.repeat(2, 1)
+    )
+    return (both[: len(prompts)] - both[len(prompts) :]).mean()
 
 
 def _told(labels: Labels, prompts: int) -> str:

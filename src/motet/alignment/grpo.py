@@ -50,7 +50,7 @@ Prompt = tuple[Turn, ...]
 class GRPOOnTastes(Section):
     """Group relative policy optimisation of one policy for all tastes, on the server."""
 
-    grpo_steps: int = Field(120, ge=1)
+    grpo_steps: int = Field(60, ge=1)
     """Steps of AdamW; each draws new answers."""
     grpo_learning_rate: float = Field(5e-4, gt=0)
     """Of AdamW, constant after the warm-up (DeepSeekMath: 1e-6, for all weights of a large model)."""
