@@ -58,7 +58,7 @@ class AlignSettings(Section):
     prompts: str | None = None
     """File with public prompts, JSON lines or text. Left out: the run's public prompts, topped up from the bundled
     ones where they are fewer than prompts_used."""
-    prompts_used: int = Field(160, ge=2)
+    prompts_used: int = Field(100, ge=2)
     """At most so many prompts are trained on, beside those for validation."""
     tastes: int = Field(2, ge=2)
     """Tastes of a method that has no prototypes (fedvpl): centres of k-means over its people's posteriors."""

@@ -60,6 +60,8 @@ class JudgingSettings(Section):
     ones."""
     judge_seeds: int = Field(1, ge=1)
     """Answers that each draws to a prompt, from as many seeds."""
+    distance_prompts: int = Field(100, ge=1)
+    """KL and perplexity are means over the answers to at most so many of these prompts; they cost two more passes."""
     dial_positions: int = Field(5, ge=2)
     """Mixtures at which the dial between two tastes is read, both ends among them."""
     person_pairs: int = Field(8, ge=1)
@@ -154,11 +156,15 @@ class _Asker:
     def manner(self, side: Side, worn: Worn | None, taste: Taste, answers: Sequence[Answer]) -> dict[str, Any]:
         """How far answers are from the base, and whether they still are language."""
         dress = None if taste.bare else worn
-        tastes = None if taste.vector is None or dress is None else taste.vector.expand(len(self.prompts), -1)
+        prompts, some = (
+            self.prompts[: self.asked.judging.distance_prompts],
+            answers[: self.asked.judging.distance_prompts],
+        )
+        tastes = None if taste.vector is None or dress is None else taste.vector.expand(len(prompts), -1)
         with bared(worn if taste.bare else None):
-            far = distance(side.base, self.prompts, answers, self.asked.sampling, dress, tastes)
+            far = distance(side.base, prompts, some, self.asked.sampling, dress, tastes)
         texts = [answer.text for answer in answers]
-        weights = torch.tensor([float(len(answer.tokens)) for answer in answers])
+        weights = torch.tensor([float(len(answer.tokens)) for answer in some])
         return {
             "kl_nats": float(far.kl.mean()),
             "perplexity_under_base": math.exp(-float((far.log_likelihood * weights).sum() / weights.sum())),

@@ -35,15 +35,15 @@ from motet.records import generator
 class DPOOnTastes(Section):
     """Direct preference optimisation of one policy for all tastes, on the server."""
 
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     """Of AdamW, constant after the warm-up (paper: 1e-4 with Gemma, 1e-5 with Qwen, over many more steps)."""
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int = Field(5, ge=0)
     """Steps over which the learning rate rises from 0."""
-    dpo_beta: float = Field(0.1, gt=0)
+    dpo_beta: float = Field(0.05, gt=0)
     """Nats of reward for a nat of log-likelihood; higher keeps the policy nearer to the base (paper: 0.1)."""
-    batch_pairs: int = Field(8, ge=1)
+    batch_pairs: int = Field(4, ge=1)
     """Pairs in a step."""
-    steps: int = Field(120, ge=1)
+    steps: int = Field(60, ge=1)
     """Steps of AdamW."""
     max_tokens: int = Field(512, ge=16)
     """Most tokens of a prompt and its answer."""

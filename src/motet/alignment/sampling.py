@@ -30,7 +30,7 @@ Prompt = tuple[Turn, ...]
 class SamplingSettings(Section):
     """How answers are drawn."""
 
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(48, ge=1)
     """Most tokens of an answer; longer ones are cut there."""
     max_prompt_tokens: int = Field(256, ge=8)
     """Longer prompts lose their beginning."""

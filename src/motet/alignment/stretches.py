@@ -33,11 +33,11 @@ class PolicySettings(LoraSettings):
 
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of an adapter's inputs dropped in training (the paper's clients drop 0.05)."""
-    check_every: int = Field(30, ge=1)
+    check_every: int = Field(20, ge=1)
     """Steps between two looks at the policy on validation prompts."""
     kl_budget: float = Field(30.0, gt=0)
     """Most nats of KL from the base, a mean over validation answers, that the kept policy may have."""
-    validation_prompts: int = Field(16, ge=1)
+    validation_prompts: int = Field(12, ge=1)
     """Public prompts that are kept out of training to look at the policy."""
 
 
