@@ -224,15 +224,15 @@ def feddpo_round(cache: Path) -> dict[str, Any]:
 def align(cache: Path) -> dict[str, Any]:
     """A step of DPO of a taste-gated policy against one of the same LoRA without gates, as PEFT makes it.
 
-    A step takes all rows, so both sides compute the same whatever their order; it is timed from its first pass to the
-    first pass of the next step, so neither side's set-up counts.
+    All rows are one pair, so both sides compute the same whatever their order, and both have one epoch. A step is timed
+    from its first pass to the first pass of the next step, so neither side's set-up counts.
     """
     place, settings = find_device("auto"), PolicySettings(check_every=3)
     base = open_base(model_folder(BackboneSettings(), cache), str(place), find_dtype("auto", place))
-    pairs = load_recipe(DataSettings(recipe="voices"), 0).people[0].train[:2]
-    steps = DPOOnTastes(steps=3, batch_pairs=len(pairs))
+    steps = DPOOnTastes(steps=3, batch_pairs=2)
+    pairs = load_recipe(DataSettings(recipe="voices"), 0).people[0].train[:1] * (steps.steps * steps.batch_pairs)
     plain = DPOSettings(
-        local_steps=steps.steps, batch_pairs=len(pairs), max_tokens=steps.max_tokens,
+        local_steps=steps.steps, batch_pairs=steps.batch_pairs, max_tokens=steps.max_tokens,
         **{name: getattr(settings, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")},
     )  # fmt: skip
     tastes = 5 * torch.eye(32)[:2]
@@ -248,9 +248,9 @@ def align(cache: Path) -> dict[str, Any]:
         train_dpo(base, bare, tuple(pairs), plain, 0)
 
     sides: dict[Callable[[], None], list[float]] = {with_gates: [], without: []}
-    for _ in range(REPEATS + 1):
-        for work, seconds in sides.items():
-            seconds.append(_step_seconds(base, work, steps.steps))
+    for repeat in range(REPEATS + 1):  # who goes first changes, so that neither has the quieter moments
+        for work in list(sides)[:: 1 if repeat % 2 else -1]:
+            sides[work].append(_step_seconds(base, work, steps.steps))
     ours, theirs = (seconds[1:] for seconds in sides.values())  # the first of each warms up
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     overhead = statistics.median(ratios) - 1
@@ -258,7 +258,7 @@ def align(cache: Path) -> dict[str, Any]:
         overhead, "of a step more", "< 0.05", lambda v: v < 0.05,
         "a DPO step of the taste-gated adapter against one of plain LoRA, same language model and rows",
         gates_overhead=overhead, lowest=min(ratios) - 1, highest=max(ratios) - 1,
-        seconds_gated=statistics.median(ours), seconds_plain=statistics.median(theirs), pairs=len(pairs),
+        seconds_gated=statistics.median(ours), seconds_plain=statistics.median(theirs), pairs=steps.batch_pairs,
     )  # fmt: skip
 
 
