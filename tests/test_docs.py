@@ -300,7 +300,8 @@ def settle(command: str, words: list[str]) -> None:
         "judge": resolve_judging,
         "say": lambda given: settings(SamplingSettings, given, "--set"),
     }
-    ways.get(command, lambda given: resolve(None, given))(parse_words(words))
+    given = parse_words(words)
+    ways[command](given) if command in ways else resolve(None, given)
 
 
 def test_command_lines_on_the_pages_parse() -> None:
