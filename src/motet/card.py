@@ -4,18 +4,27 @@ In:  what is known of a policy, and the taste that was folded in.
 Out: a README.md with the front matter that model hubs read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from motet.algorithms import ALGORITHMS
 from motet.data.recipes import RECIPES
 from motet.selector.backbone import PACKAGED
 
-LICENCES = {"smollm2": "apache-2.0", "gemma3-270m": "gemma"}
-"""Of the packaged bases, as model hubs name them."""
+HUB = {
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "gemma3-270m": ("google/gemma-3-270m", "gemma"),
+}
+"""Of the packaged bases: name and licence at the model hub."""
 
 
-def card(about: Mapping[str, Any], base: str, label: str, shares: Mapping[str, float]) -> str:
+def card(
+    about: Mapping[str, Any],
+    base: str,
+    label: str,
+    shares: Mapping[str, float],
+    judged: Sequence[tuple[str, str]] = (),
+) -> str:
     """The card of an adapter.
 
     Args:
@@ -23,14 +32,17 @@ def card(about: Mapping[str, Any], base: str, label: str, shares: Mapping[str, f
         base: Name of the base model.
         label: The taste, in words; empty for a policy that still takes any.
         shares: Of each prototype in that taste.
+        judged: What judges said of it: who against whom, and the figure.
     """
     method, recipe = ALGORITHMS.get(about.get("method", "")), RECIPES.get(about.get("recipe", ""))
-    licence = LICENCES.get(str(about["base"]), "other")
+    asked = str(about["base"])
+    name, licence = HUB.get(asked, (base, "other"))
     by = str(about.get("by", "–"))
     gated = by in ("dpo", "grpo")
-    lines = ["---", f"base_model: {base}", "library_name: peft", f"license: {licence}", "tags:"]
+    lines = ["---", f"base_model: {name}", "library_name: peft", f"license: {licence}", "tags:"]
     lines += [f"- {tag}" for tag in ("lora", "preference-alignment", "motet")]
-    title = f"{base} at the taste {label}" if label else f"{base}, taste-gated"
+    short = name.rpartition("/")[2]
+    title = f"{short} at the taste {label}" if label else f"{short}, taste-gated"
     lines += ["---", "", f"# {title}", ""]
     if label:
         lines += [
@@ -38,15 +50,14 @@ def card(about: Mapping[str, Any], base: str, label: str, shares: Mapping[str, f
             "",
         ]
         lines += ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
-        lines += [f'base = AutoModelForCausalLM.from_pretrained("{base}")', "# the folder of this card"]
+        lines += [f'base = AutoModelForCausalLM.from_pretrained("{name}")', "# the folder of this card"]
         lines += ['model = PeftModel.from_pretrained(base, ".")', "```", ""]
+        if asked in HUB:
+            lines += [f"It was trained on the weights of {base}, unpacked; the hub's own differ by that rounding.", ""]
     else:
-        lines += [
-            "A LoRA adapter with gates: `motet say` and `motet play` ask it at any taste, `motet export` folds",
-            "",
-        ]
-        lines[-2] += " one taste into an ordinary PEFT adapter."
-    rows = [("Base", f"{base}; {_base_licence(str(about['base']))}"), ("Taste", label or "any")]
+        lines += ["A LoRA adapter with gates: `motet say` and `motet play` ask it at any taste, `motet export` folds"]
+        lines += ["one taste into an ordinary PEFT adapter.", ""]
+    rows = [("Base", f"{name}; {_base_licence(asked)}"), ("Taste", label or "any")]
     rows += [(f"Share of {name}", f"{share:.2f}") for name, share in shares.items()]
     if method is not None:
         rows += [("Preferences by", f"{method.title}; {method.citation}")]
@@ -54,6 +65,7 @@ def card(about: Mapping[str, Any], base: str, label: str, shares: Mapping[str, f
         rows += [("Data", f"{recipe.summary}; {recipe.citation}; licence: {recipe.licence}")]
     rows += [("Trained by", {"dpo": "DPO", "grpo": "GRPO", "feddpo": "FedDPO"}.get(by, by))]
     rows += [(name, _figure(value)) for name, value in about.get("figures", {}).items()]
+    rows += judged
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
     lines += [
         *_ORIGIN.get(by, ()),

@@ -86,7 +86,8 @@ def open_policy(where: Path | str, base: str | None = None) -> Policy:
 
     Args:
         where: A policy folder, a run of feddpo, a stock PEFT adapter, or ``base`` for the bare base model.
-        base: The base model, for ``base`` and for a stock adapter, which only knows its base's name.
+        base: The base model. Needed for ``base`` and for a stock adapter, which only knows its base's name; useful for
+            a policy whose base lies elsewhere now.
 
     Raises:
         RunError: There is no policy, or it is damaged.
@@ -96,7 +97,8 @@ def open_policy(where: Path | str, base: str | None = None) -> Policy:
         return Policy(None, (), torch.zeros(0, 0), {"base": _needed(base, "the bare base model"), "by": "base"})
     folder = Path(where)
     if (folder / ABOUT).exists():
-        return _own(folder)
+        found = _own(folder)
+        return found if base is None else replace(found, about={**found.about, "base": base})
     if (folder / "adapter" / "adapter_config.json").exists():
         found = _stock(folder / "adapter", base or _run_model(folder))
         return Policy(found.adapter, (), found.tastes, {**found.about, "by": "feddpo", **_run_notes(folder)}, folder)
@@ -378,6 +380,21 @@ def _nucleus(chances: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(chances).scatter(0, places, kept)
 
 
+def _judged(policy: Policy, taste: Taste) -> list[tuple[str, str]]:
+    """What ``motet judge`` left in the policy's folder about this taste against the base."""
+    rows = []
+    for path in sorted(policy.folder.glob("judged-base-*.json")) if policy.folder is not None else ():
+        verdicts = json.loads(path.read_text(encoding="utf-8"))["table"].get(taste.label, {})
+        for verdict in verdicts.values():
+            figure = f"{verdict['win_rate']:.3f} ({verdict['low']:.3f} to {verdict['high']:.3f})"
+            right = verdict["about"].get("held_out_accuracy")
+            known = "" if right is None else f"; the judge is right on {right:.1%} of its own held-out pairs"
+            rows.append(
+                (f"Win rate against the base, {verdict['judge']}", f"{figure}, {verdict['prompts']} prompts{known}")
+            )
+    return rows
+
+
 def export(policy: Policy, base: OpenBase, taste: Taste, out: Path) -> list[str]:
     """Write an ordinary PEFT adapter of one taste, and its model card.
 
@@ -391,7 +408,8 @@ def export(policy: Policy, base: OpenBase, taste: Taste, out: Path) -> list[str]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} is not an empty folder; choose another --out")
     adapter_files(base, fold(policy.adapter, taste.vector), policy.adapter.settings, out)
-    write_atomically(out / "README.md", card(policy.about, base.name, taste.label, taste.shares).encode())
+    said = card(policy.about, base.name, taste.label, taste.shares, _judged(policy, taste))
+    write_atomically(out / "README.md", said.encode())
     return [
         f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted(out.iterdir()) if not path.name.startswith(".")
     ]
