@@ -18,8 +18,9 @@ from motet.alignment import dpo
 from motet.alignment.dpo import DPOOnTastes, plan, train_policy
 from motet.alignment.labels import Labelled
 from motet.alignment.policy import TasteAdapter, Worn, adapter_from, fold, start_policy
+from motet.alignment.sampling import end_tokens
 from motet.alignment.stretches import Look, PolicySettings, Trained
-from motet.alignment.trainers import DPOSettings, OpenBase, implicit_margins, open_base
+from motet.alignment.trainers import DPOSettings, OpenBase, base_log_likelihoods, implicit_margins, open_base
 from motet.errors import RunError
 from motet.records import Pair, generator
 from test_trainers import quick_collections as quick_collections
@@ -28,7 +29,7 @@ from test_trainers import same_bits, write_language_model
 LATENT = 2
 TASTES = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
 POLICY = PolicySettings(lora_rank=4, check_every=1, kl_budget=1e6)
-ONE_STEP = DPOOnTastes(steps=1, batch_pairs=4, warmup_steps=0, learning_rate=1e-3)
+ONE_STEP = DPOOnTastes(steps=1, batch_pairs=4, warmup_steps=0, learning_rate=1e-3, dpo_beta=0.1)
 PAIRS = (
     Pair.of("Tea or coffee?", "Tea.", "Coffee, black, and as much of it as there is."),
     Pair.of("?", "No idea at all, sorry", "Yes."),
@@ -106,6 +107,21 @@ def by_hand(base: OpenBase, parts: Mapping[str, Tensor], scale: float, rows: Seq
                 sides.append(torch.stack([logits[len(prompt) + i - 1, token] for i, token in enumerate(tail)]).sum())
         found.append(0.1 * ((sides[0] - sides[1]) - (sides[2] - sides[3])))
     return torch.stack(found)
+
+
+def test_an_answer_that_was_cut_has_no_end_to_learn(base: OpenBase) -> None:
+    """TRL's rows come through the chat template, which ends every answer; an answer cut at the limit never ended."""
+    pair = PAIRS[0]
+    ends = set(end_tokens(base))
+    for cut in ((False, False), (True, False), (False, True), (True, True)):
+        row = Labelled(pair, TASTES[0], "a", 0.9, cut)
+        columns = dpo._columns(base, [row], ONE_STEP)
+        for name, answer, shortened in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), cut, strict=True):
+            tokens = columns[f"{name}_ids"][0]
+            assert bool(ends & set(tokens)) is not shortened
+            assert base.tokenizer.decode(tokens, skip_special_tokens=True) == answer
+            known = base_log_likelihoods(base, ((tuple(columns["prompt_ids"][0]), tuple(tokens)),))
+            assert columns[f"ref_{name}_logps"][0] == pytest.approx(next(iter(known.values())), abs=1e-4)
 
 
 # --- equal to a computation by hand
@@ -362,7 +378,7 @@ def letters(count: int, first: int = 0) -> list[Labelled]:
 
 
 def test_one_policy_learns_two_opposite_tastes(base: OpenBase, start: TasteAdapter, tmp_path: Path) -> None:
-    settings = DPOOnTastes(steps=30, batch_pairs=4, learning_rate=1e-2, warmup_steps=3)
+    settings = DPOOnTastes(steps=30, batch_pairs=4, learning_rate=1e-2, warmup_steps=3, dpo_beta=0.1)
     policy = POLICY.model_copy(update={"check_every": 30})
     found = trained(base, start, tmp_path, settings, letters(12), policy)
     unseen = letters(8, first=100)
@@ -377,7 +393,7 @@ def test_one_policy_learns_two_opposite_tastes(base: OpenBase, start: TasteAdapt
 def test_without_tastes_it_is_plain_dpo(base: OpenBase, tmp_path: Path) -> None:
     start = start_policy(base, POLICY, torch.zeros(0, 0), generator(0))
     nothing = torch.zeros(0)
-    settings = DPOOnTastes(steps=16, batch_pairs=4, learning_rate=1e-2, warmup_steps=3)
+    settings = DPOOnTastes(steps=16, batch_pairs=4, learning_rate=1e-2, warmup_steps=3, dpo_beta=0.1)
     rows = [row._replace(taste=nothing, name="") for row in letters(12) if row.name == "a"]
     policy = POLICY.model_copy(update={"check_every": 8})
     found = trained(base, start, tmp_path, settings, rows, policy)

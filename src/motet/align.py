@@ -23,9 +23,9 @@ from torch import Tensor
 
 from motet.alignment.dpo import DPOOnTastes, train_policy
 from motet.alignment.grpo import GRPOOnTastes, train_policy_grpo
-from motet.alignment.labels import Labels, LabelSettings, counts, label
+from motet.alignment.labels import Labels, LabelSettings, counts, label, mark_cut
 from motet.alignment.policy import TasteAdapter, Worn, start_policy
-from motet.alignment.sampling import Answer, SamplingSettings, distance, sample, sample_through, weights_key
+from motet.alignment.sampling import Answer, SamplingSettings, distance, end_tokens, sample, sample_through, weights_key
 from motet.alignment.stretches import Look, PolicySettings, Trained
 from motet.alignment.trainers import OpenBase, open_base
 from motet.card import card
@@ -177,7 +177,7 @@ def align(
         model = asked.align.base or settled.backbone.model
         folder = model_folder(base_settings(model), cache)
         base = open_base(folder, str(place), find_dtype(asked.align.align_dtype, place))
-        looking = _looker(base, reward, validation, tastes, asked, watcher)
+        looking = _looker(base, replace(reward, cache=None), validation, tastes, asked, watcher)
         start = start_policy(base, asked.policy, tastes, generator(asked.seed, "adapter"))
         ready = Ready(base, start, training, reward, names, tastes)
         by = _by_grpo if asked.align.by == "grpo" else _by_dpo
@@ -223,10 +223,20 @@ def _by_dpo(
     texts = [[answer.text for answer in some] for some in candidates]
     watcher.said("labelling the answers under every taste")
     labels = label(ready.prompts, texts, ready.reward, ready.tastes, ready.names, asked.labels, asked.seed)
+    ends = frozenset(end_tokens(ready.base))
+    labels = mark_cut(
+        labels,
+        {
+            (prompt, answer.text)
+            for prompt, some in zip(ready.prompts, candidates, strict=True)
+            for answer in some
+            if not answer.tokens or answer.tokens[-1] not in ends
+        },
+    )
     watcher.said(_told(labels, len(ready.prompts)))
     if not (out / CHECKPOINT).exists():
         _write_pairs(out, labels)
-    identity = _identity(asked, ready.base, [(row.pair, row.name, row.taste.tolist()) for row in labels.rows])
+    identity = _identity(asked, ready.base, [(row.pair, row.name, row.taste.tolist(), row.cut) for row in labels.rows])
     trained = train_policy(
         ready.base, ready.start, labels.rows, asked.dpo, asked.policy, asked.seed, looking, out / CHECKPOINT, identity,
         _stepped(watcher, asked.dpo.steps),
@@ -349,7 +359,10 @@ def _looker(
     asked: Asked,
     watcher: Watcher,
 ) -> Callable[[Worn], Look]:
-    """How the policy is looked at: its answers against the base's, by the reward, at each prototype."""
+    """How the policy is looked at: its answers against the base's, by the reward, at each prototype.
+
+    The reward must keep nothing: what an interrupted look left in a cache was read in other batches, to other bits.
+    """
     # all tastes in one batch, a taste a row: a pass over few rows costs nearly as much as one over many
     asked_of = [prompt for _ in range(max(1, len(tastes))) for prompt in prompts]
     each = tastes.repeat_interleave(len(prompts), dim=0) if len(tastes) else None

@@ -11,7 +11,7 @@ cache, so a second judge costs its own time only.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from motet.evaluation.fluency import collapsed, distinct, repetition
 from motet.evaluation.heldout import HeldOutReward
 from motet.evaluation.judges import Judge, JudgeSettings, Verdict, compare, open_judge
 from motet.policies import (
+    ABOUT,
     BARE,
     Policy,
     Taste,
@@ -44,7 +45,7 @@ from motet.policies import (
     parse_taste,
     person_taste,
 )
-from motet.records import Turn, generator, prompt_group
+from motet.records import Pair, Turn, generator, prompt_group
 
 Prompt = tuple[Turn, ...]
 BASE_SEED, SAMPLES = 0, 5
@@ -211,9 +212,9 @@ def judge_policies(
     policy, other = _policies(first, second, base)
     wanted = _wanted(policy, tastes, cache)  # mistakes first: judges and models take their time
     against = _against(other, wanted, cache)
-    positions = _dial(policy, dial, asked, cache)
     deals = [_deal(some, data) for some in (policy, other)]
     deal = next((found for found in deals if found is not None), Deal((), (), (), ()))
+    positions = _dial(policy, dial, asked, cache, sorted(deal.reserve))
     known = _trained_on(policy, deals[0]) | _trained_on(other, deals[1])
     prompts, said = judged_prompts(deal, asked, (policy, other), known)
     watcher.said(said)
@@ -268,7 +269,8 @@ def judge_policies(
         found = verdict(judges[axis], answers[taste.label], rival(axis))
         prototype = table.get(axis, {}).get(axis)
         inferred.append({
-            "person": person.name, "axis": axis, "pairs": asked.judging.person_pairs,
+            "person": person.name, "axis": axis,
+            "pairs": min(asked.judging.person_pairs, len(person.train)),
             "shares": dict(taste.shares), "unsure": taste.unsure, "said": list(taste.said),
             "verdict": found.as_dict(),
             "points_from_prototype": None if prototype is None else 100 * (found.win_rate - prototype["win_rate"]),
@@ -294,7 +296,8 @@ def _policies(first: str, second: str, base: str | None) -> tuple[Policy, Policy
     if first == "base":
         raise ConfigError("the first policy must have an adapter, got base; give a policy first, base second")
     ours = open_policy(first, base)
-    return ours, open_policy(second, base or ours.model)
+    bare = second == "base" or (not (Path(second) / ABOUT).exists() and not (Path(second) / "adapter").is_dir())
+    return ours, open_policy(second, base or (ours.model if bare else None))  # others know their own base
 
 
 def _wanted(policy: Policy, tastes: Sequence[str], cache: Path) -> list[Taste]:
@@ -329,8 +332,8 @@ def judged_prompts(
         DataError: Too few are left.
     """
     wanted = max(asked.judging.judged_prompts, asked.judge.least_prompts)
-    taken = {pair.group for pairs in deal.reserve.values() for pair in pairs} | {pair.group for pair in deal.public}
-    taken |= {pair.group for person in deal.people for pair in person.train}
+    taken = _groups(deal.public) | _groups(pair for pairs in deal.reserve.values() for pair in pairs)
+    taken |= _groups(pair for person in deal.people for pair in person.train)
     taken |= known | {group for policy in policies for group in policy.about.get("trained_on", ())}
     if asked.judging.judge_prompts_file is not None:
         found, own = list(read_prompts(Path(asked.judging.judge_prompts_file))), 0
@@ -393,7 +396,12 @@ def _trained_on(policy: Policy, deal: Deal | None) -> frozenset[str]:
     """Every prompt that the policy or its reward learnt from, as far as it is known."""
     own = set(policy.about.get("trained_on", ()))
     people = () if deal is None else deal.seen
-    return frozenset(own | {pair.group for person in people for pair in person.train})
+    return frozenset(own | _groups(pair for person in people for pair in person.train))
+
+
+def _groups(pairs: Iterable[Pair]) -> set[str]:
+    """Names of the prompts of pairs, as the data groups them and as their texts do."""
+    return {name for pair in pairs for name in (pair.group, prompt_group(pair.prompt))}
 
 
 def _people(
@@ -415,13 +423,22 @@ def _people(
 
 
 def _dial(
-    policy: Policy, dial: tuple[str, str] | None, asked: AskedOfJudges, cache: Path
-) -> list[Taste]:  # fmt: skip
+    policy: Policy, dial: tuple[str, str] | None, asked: AskedOfJudges, cache: Path, axes: Sequence[str]
+) -> list[Taste]:
     if dial is None:
         return []
     ends = [parse_taste(policy, text, cache) for text in dial]
     if any(len(end.shares) != 1 for end in ends) or ends[0].label == ends[1].label:
         raise ConfigError(f"--dial wants two prototypes such as {':'.join(policy.names[:2])}, got {':'.join(dial)!r}")
+    if asked.judge.judge != "held-out":
+        raise ConfigError(
+            f"--dial reads the rewards of held-out judges, got the judge {asked.judge.judge}; leave it out"
+        )
+    if lost := [end.label for end in ends if end.label not in axes]:
+        raise ConfigError(
+            f"--dial wants prototypes that are called after an axis of the data, got {lost[0]!r}; the axes are "
+            f"{', '.join(axes)}"
+        )
     steps = asked.judging.dial_positions - 1
     low, high = (next(iter(end.shares)) for end in ends)
     return [mixture(policy, {low: 1 - i / steps, high: i / steps}) for i in range(steps + 1)]

@@ -18,9 +18,11 @@ from pydantic import Field
 
 from motet.alignment.labels import Labelled
 from motet.alignment.policy import Dial, TasteAdapter, Worn
+from motet.alignment.sampling import end_tokens
 from motet.alignment.stretches import Look, PolicySettings, State, Trained, Training, Watch, train_in_stretches
 from motet.alignment.trainers import (
     OpenBase,
+    Row,
     answers_of,
     base_log_likelihoods,
     dpo_arguments,
@@ -120,7 +122,7 @@ def _build(
     return trainer_class(
         model=base.model,
         args=config_class(
-            **dpo_arguments(base, settings, steps, seed, folder),
+            **dpo_arguments(base, settings, steps, seed, folder) | {"bf16": False},  # the base's weights say it
             remove_unused_columns=False,  # the taste is one
             train_sampling_strategy="sequential",  # the order is ours
         ),
@@ -159,8 +161,15 @@ def _on_tastes() -> tuple[Any, Any]:
 
 
 def _columns(base: OpenBase, rows: Sequence[Labelled], settings: DPOOnTastes) -> dict[str, list[Any]]:
-    pairs = tuple(row.pair for row in rows)
-    encoded = encode(base, pairs, settings.max_tokens)
+    pairs, ends = tuple(row.pair for row in rows), frozenset(end_tokens(base))
+    encoded = [
+        Row(
+            whole.prompt,
+            _open(whole.chosen, ends) if row.cut[0] else whole.chosen,
+            _open(whole.rejected, ends) if row.cut[1] else whole.rejected,
+        )
+        for whole, row in zip(encode(base, pairs, settings.max_tokens), rows, strict=True)
+    ]
     known = base_log_likelihoods(base, answers_of(encoded))
     return {
         "prompt_ids": [list(row.prompt) for row in encoded],
@@ -170,3 +179,9 @@ def _columns(base: OpenBase, rows: Sequence[Labelled], settings: DPOOnTastes) ->
         "ref_rejected_logps": [known[row.prompt, row.rejected] for row in encoded],
         "taste": [row.taste.tolist() for row in rows],
     }
+
+
+def _open(answer: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
+    """An answer without the end that the chat template gave it."""
+    last = max((place for place, token in enumerate(answer) if token in ends), default=len(answer))
+    return answer[:last]

@@ -5,7 +5,7 @@ Out: pairs that say under which taste they were labelled; one pair of answers ma
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class Labelled(NamedTuple):
     """The prototype's, or ``mixture``; empty where the reward knows no taste."""
     probability: float
     """That the reward gives to the better answer."""
+    cut: tuple[bool, bool] = (False, False)
+    """Whether the better, and the worse answer were cut at the length limit: then they do not end where they stop."""
 
 
 class Labels(NamedTuple):
@@ -109,6 +111,18 @@ def label(
             f"gives none a probability of {settings.least_probability}; lower least_probability or sample more answers"
         )
     return Labels(tuple(rows), _opposed(rows), dropped)
+
+
+def mark_cut(labels: Labels, cut: Collection[tuple[Prompt, str]]) -> Labels:
+    """The same labels, knowing which answers were cut at the length limit.
+
+    Such an answer has no end, so the policy must not learn to end there; nor can it win or lose by an end it never had.
+    """
+    rows = tuple(
+        row._replace(cut=((row.pair.prompt, row.pair.chosen) in cut, (row.pair.prompt, row.pair.rejected) in cut))
+        for row in labels.rows
+    )
+    return labels._replace(rows=rows)
 
 
 def _places(answers: Sequence[Sequence[str]]) -> Any:
