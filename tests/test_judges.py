@@ -342,8 +342,10 @@ def test_a_judge_is_opened_by_its_settings_and_trained_once(tmp_path: Path, monk
     with pytest.raises(TypeError):  # other pairs are another judge, and it would have to be trained
         open_judge(s, "polite", pairs[1:], tmp_path)
     assert open_judge(JudgeSettings(judge="rule", rule_prefers="less"), "", [], tmp_path).name == "rule: less length"
-    endpoint = JudgeSettings(judge="openai", base_url="http://localhost:1/v1", endpoint_model="m")
+    endpoint = JudgeSettings(judge="openai", base_url="http://localhost:1/v1", endpoint_model="m", key_variable="")
     assert open_judge(endpoint, "", [], tmp_path).name == "endpoint: m"
+    with pytest.raises(JudgeError, match="'NO_SUCH_KEY' must hold the key"):  # before anything is sampled for nothing
+        open_judge(endpoint.model_copy(update={"key_variable": "NO_SUCH_KEY"}), "", [], tmp_path)
     with pytest.raises(JudgeError, match="base_url must begin with http"):
         open_judge(JudgeSettings(judge="openai"), "", [], tmp_path)
     with pytest.raises(BackboneError, match="there is no folder"):

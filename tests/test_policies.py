@@ -474,7 +474,7 @@ def test_the_card_says_what_it_is_from_what_for_whom_and_under_which_licence(
     export(policy, base, mixture(policy, {"helpful": 0.75, "terse": 0.25}), tmp_path / "out")
     page = (tmp_path / "out" / "README.md").read_text()
     head = page.split("---")[1]
-    assert f"base_model: {base.name}\n" in head
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in head
     assert "license: apache-2.0\n" in head
     for fact in (
         "SmolLM2-135M-Instruct, Apache-2.0", "0.75*helpful+0.25*terse", "| Share of helpful | 0.75 |", "FedVPA-GP",

@@ -30,9 +30,9 @@ from motet.alignment.stretches import Look, PolicySettings, Trained
 from motet.alignment.trainers import OpenBase, open_base
 from motet.card import card
 from motet.config import Section, nearest, settings, write_atomically, write_toml
-from motet.data.partition import Deal
+from motet.data.partition import Deal, deal_digest
 from motet.data.prompts import bundled_prompts, read_prompts
-from motet.data.recipes import load_recipe
+from motet.data.recipes import RECIPES, load_recipe
 from motet.errors import ConfigError, DataError, RunError
 from motet.experiment import Settings, locked, resolve
 from motet.policies import ABOUT, base_settings, write_policy
@@ -130,6 +130,11 @@ def resolve_align(words: Mapping[str, Any], seed: int = 0) -> Asked:
             raise ConfigError(f"unknown setting {word!r} in --set; {nearest(word, homes)}")
         tables[homes[name]][name] = value
     built: dict[str, Any] = {name: settings(kind, tables[name], "--set") for name, kind in TABLES.items()}
+    idle = {"dpo": ("grpo",), "grpo": ("dpo", "labels")}[built["align"].by]
+    if lost := [name for table in idle for name in tables[table]]:
+        raise ConfigError(
+            f"{lost[0]!r} in --set means nothing by {built['align'].by}; leave it out, or choose the other --by"
+        )
     return Asked(**built, seed=seed)
 
 
@@ -165,6 +170,8 @@ def align(
         raise RunError(f"{str(out)!r} holds a run, a policy needs a folder of its own; choose another --out")
     if not resume and ((out / ABOUT).exists() or (out / CHECKPOINT).exists()):
         raise RunError(f"{str(out)!r} already holds a policy; add --resume to go on with it, or choose another --out")
+    if resume and (out / ABOUT).exists() and not (out / CHECKPOINT).exists():
+        raise RunError(f"the policy in {str(out)!r} is finished; choose another --out to train another")
     settled = _run_settings(run, data)
     reward = open_reward(run, cache)
     names, tastes = tastes_of(run, reward, asked)
@@ -172,6 +179,13 @@ def align(
         if not (out / CHECKPOINT).exists():  # one that is there is of the same settings, or will be refused
             write_toml(out / ALIGN, asked.tables())
         deal = load_recipe(settled.data, settled.seed)
+        digest = deal_digest(deal)
+        noted = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("deal_digest")
+        if noted not in (None, digest):
+            raise DataError(
+                f"the data of {str(run)!r} must be what the run was dealt, it is other data by now; "
+                "give the same with --data"
+            )
         training, validation = _prompts(deal, asked, watcher)
         place = find_device(asked.align.align_device)
         model = asked.align.base or settled.backbone.model
@@ -186,7 +200,8 @@ def align(
         best = next(row for row in trained.log if row["step"] == trained.step)
         notes = {
             "base": model, "by": asked.align.by, "method": settled.method, "recipe": settled.data.recipe,
-            "data": settled.data.model_dump(mode="json"), "run_seed": settled.seed, "seed": asked.seed,
+            "data": settled.data.model_dump(mode="json"), "deal_digest": digest, "run_seed": settled.seed,
+            "seed": asked.seed,
             "taste_names": list(names),
             "figures": {
                 "steps": trained.step, "gain_nats": best["gain"], "kl_nats": best["kl"], **figures,
@@ -299,6 +314,8 @@ def _run_settings(run: Path, data: str | None) -> Settings:
             f"{str(run)!r} is a run of feddpo, which is a policy already: "
             "give it to motet say, motet export or motet judge as it is"
         )
+    if reason := RECIPES[asked.data.recipe].unfit_for_policies:
+        raise RunError(f"no policy is trained on {asked.data.recipe}: {reason}; use a run of another recipe")
     return asked
 
 

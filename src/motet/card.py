@@ -5,6 +5,7 @@ Out: a README.md with the front matter that model hubs read.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from motet.algorithms import ALGORITHMS
@@ -36,7 +37,10 @@ def card(
     """
     method, recipe = ALGORITHMS.get(about.get("method", "")), RECIPES.get(about.get("recipe", ""))
     asked = str(about["base"])
-    name, licence = HUB.get(asked, (base, "other"))
+    at_hub = asked.count("/") == 1 and not asked.startswith((".", "/", "~")) and not Path(asked).exists()
+    name, licence = HUB.get(asked, (asked if at_hub else base, "other"))
+    if recipe is not None and recipe.licence not in ("Apache-2.0", "MIT"):
+        licence = "other"  # the data's terms bind what was learnt from it, too
     by = str(about.get("by", "–"))
     gated = by in ("dpo", "grpo")
     lines = ["---", f"base_model: {name}", "library_name: peft", f"license: {licence}", "tags:"]

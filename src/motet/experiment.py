@@ -29,7 +29,7 @@ from torch import Tensor
 from motet.algorithms import ALGORITHMS
 from motet.algorithms.fedvpa import FedVPA, FedVPASettings
 from motet.config import Section, nearest, read_toml, settings, write_atomically, write_toml
-from motet.data.partition import Deal, deal_table
+from motet.data.partition import Deal, deal_digest, deal_table
 from motet.data.recipes import RECIPES, DataSettings, load_recipe
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, DataError, RunError
@@ -52,7 +52,7 @@ from motet.federated.contract import Ground
 from motet.federated.server import ROUNDS, Progress, RunSettings, check_checkpoint, has_checkpoint, run_rounds
 from motet.records import ClientData, Pair, RoundLog
 from motet.report import write_report
-from motet.selector.backbone import BackboneSettings, find_device, model_folder, open_backbone
+from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder, open_backbone
 from motet.selector.embedded import embed
 from motet.selector.features import text_key
 from motet.selector.trained import About, Selector
@@ -357,7 +357,11 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
     groups = getattr(asked.algorithm, method.groups) if method.groups else 0
     notes = {"recipe": asked.data.recipe, "method": asked.method}
     names = _prototype_names(assigned, prepared.deal, groups)
-    about = About(asked.backbone, prepared.fingerprint, prepared.whitening, names, notes)
+    # the number type is part of the fingerprint, and "auto" means another one on another machine; the device is not
+    device = find_device(asked.backbone.device)
+    kind = str(find_dtype(asked.backbone.dtype, device)).removeprefix("torch.")
+    settled = asked.backbone.model_copy(update={"dtype": kind, "device": "auto"})
+    about = About(settled, prepared.fingerprint, prepared.whitening, names, notes)
     algorithm.export(state, out, about)
     units, posterior_bytes = None, None
     if isinstance(predictor, SelectorPredictor):
@@ -395,6 +399,7 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
         "seconds_per_round": statistics.median(log["seconds"] for log in logs),
         "feature_seconds": prepared.seconds,
         "texts": prepared.texts,
+        "deal_digest": deal_digest(prepared.deal),
         "parameters_added": algorithm.parameters_added(state),
         "backbone": asked.backbone.model,
         "fingerprint": prepared.fingerprint,

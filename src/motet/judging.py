@@ -25,7 +25,7 @@ from motet.alignment.policy import Worn
 from motet.alignment.sampling import Answer, SamplingSettings, distance, sample_through
 from motet.alignment.trainers import OpenBase
 from motet.config import Section, nearest, settings, write_atomically
-from motet.data.partition import Deal, Person
+from motet.data.partition import Deal, Person, deal_digest
 from motet.data.prompts import bundled_prompts, read_prompts
 from motet.data.recipes import DataSettings, load_recipe
 from motet.errors import ConfigError, DataError, JudgeError
@@ -274,6 +274,9 @@ def judge_policies(
             "shares": dict(taste.shares), "unsure": taste.unsure, "said": list(taste.said),
             "verdict": found.as_dict(),
             "points_from_prototype": None if prototype is None else 100 * (found.win_rate - prototype["win_rate"]),
+            "points_interval": _points_interval(
+                judges[axis], prompts, answers[taste.label], answers.get(axis), rival(axis)
+            ),
         })  # fmt: skip
     return {
         "first": ours.key(), "second": theirs.key(),
@@ -290,6 +293,26 @@ def judge_policies(
         ],
         "said": [said],
     }  # fmt: skip
+
+
+def _points_interval(
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    ours: Sequence[Sequence[Answer]],
+    prototype: Sequence[Sequence[Answer]] | None,
+    rival: Sequence[Sequence[Answer]],
+) -> list[float] | None:
+    """95 % interval of the difference of two win rates against the same rival, in points, paired by prompt."""
+    if prototype is None:
+        return None
+    won = []
+    for mine, other, theirs in zip(ours, prototype, rival, strict=True):
+        sides = [[a.text for a in side] for side in (mine, other, theirs)]
+        rates = [torch.tensor(judge.preferences(prompts, side, sides[2])) for side in sides[:2]]
+        won.append(rates[0] - rates[1])
+    by_prompt = 100 * torch.stack(won).mean(dim=0)
+    half = 1.96 * float(by_prompt.std()) / len(by_prompt) ** 0.5
+    return [float(by_prompt.mean()) - half, float(by_prompt.mean()) + half]
 
 
 def _policies(first: str, second: str, base: str | None) -> tuple[Policy, Policy]:
@@ -314,7 +337,13 @@ def _deal(policy: Policy, data: str | None) -> Deal | None:
     if noted is None:
         return None
     settled = settings(DataSettings, {**noted, **({} if data is None else {"data": data})}, "the policy's notes")
-    return load_recipe(settled, int(policy.about.get("run_seed", 0)))
+    deal = load_recipe(settled, int(policy.about.get("run_seed", 0)))
+    if policy.about.get("deal_digest") not in (None, deal_digest(deal)):
+        raise DataError(
+            f"the data of {str(policy.folder)!r} must be what its run was dealt, it is other data by now; a judge "
+            "could meet what trained the policy; give the same with --data"
+        )
+    return deal
 
 
 def judged_prompts(

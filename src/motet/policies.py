@@ -384,7 +384,12 @@ def _judged(policy: Policy, taste: Taste) -> list[tuple[str, str]]:
     """What ``motet judge`` left in the policy's folder about this taste against the base."""
     rows = []
     for path in sorted(policy.folder.glob("judged-base-*.json")) if policy.folder is not None else ():
-        verdicts = json.loads(path.read_text(encoding="utf-8"))["table"].get(taste.label, {})
+        try:
+            verdicts = json.loads(path.read_text(encoding="utf-8"))["table"].get(taste.label, {})
+        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"{path.name} in {str(policy.folder)!r} is damaged ({error}); judge again, or delete it"
+            ) from None
         for verdict in verdicts.values():
             figure = f"{verdict['win_rate']:.3f} ({verdict['low']:.3f} to {verdict['high']:.3f})"
             right = verdict["about"].get("held_out_accuracy")

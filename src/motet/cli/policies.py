@@ -77,8 +77,8 @@ def align(
     watcher.said("Next, try:")
     for line in (
         f'motet say {out}{taste} "How do I get a stain out of a shirt?"',
-        f"motet judge {out} base",
-        f"motet play {out}",
+        *([f"motet judge {out} base"] if notes["data"]["judge_share"] else []),
+        *([f"motet play {out}"] if names else []),
     ):
         watcher.console.print(f"  {plain(line)}", highlight=False, soft_wrap=True)
 

@@ -293,6 +293,24 @@ def check_deal(deal: Deal) -> None:
                     )
 
 
+def deal_digest(deal: Deal) -> str:
+    """A name for who holds what: the prompts of each person's splits, of the server and of the reserve, no labels.
+
+    Data that lies where a run's data lay may be other data by now; then a judge could meet what the run was trained on.
+    """
+    digest = hashlib.sha256()
+    parts = [
+        (f"{p.client_id} {kind}", pairs) for p in deal.people for kind, pairs in (("train", p.train), ("test", p.test))
+    ]
+    parts += [("public", deal.public), *((f"reserve {axis}", pairs) for axis, pairs in sorted(deal.reserve.items()))]
+    groups: dict[int, str] = {}  # people of one axis share their tests: name them once
+    for name, pairs in parts:
+        if id(pairs) not in groups:
+            groups[id(pairs)] = " ".join(sorted({pair.group for pair in pairs}))
+        digest.update(f"{name}: {groups[id(pairs)]}\n".encode())
+    return digest.hexdigest()
+
+
 def deal_table(deal: Deal) -> list[dict[str, Any]]:
     """A row per person: ``name``, ``seen``, ``axis``, numbers of ``train`` and ``test`` pairs, ``shares`` per axis."""
     rows = []

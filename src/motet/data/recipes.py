@@ -108,6 +108,8 @@ class Recipe:
     """What ``data`` must be; empty where the recipe can do without."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of ``deal`` that stand unless the user sets them."""
+    unfit_for_policies: str = ""
+    """Why no language model may be trained by what was learnt from it; empty where one may."""
 
 
 def load_recipe(settings: DataSettings, seed: int, quarantine: Path | None = None) -> Deal:
@@ -328,6 +330,7 @@ _ALL: Iterable[Recipe] = (
         "prompts CC-BY-4.0, completions under the terms of Meta, Mistral and OpenAI; research use",
         wants="a folder with completions.jsonl.gz (XSTest v2)",
         defaults={"partition": "axis", "test_share": 0.3},
+        unfit_for_policies="some of its prompts are really unsafe, and half of its people want compliance",
     ),
     Recipe(
         "criteria",

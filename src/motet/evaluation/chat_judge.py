@@ -198,6 +198,15 @@ class ChatJudge:
             headers["Authorization"] = f"Bearer {self._key()}"
         return headers
 
+    def check(self) -> None:
+        """That the key is there, before anything is sampled for nothing.
+
+        Raises:
+            JudgeError: It is not.
+        """
+        if self.key_variable:
+            self._key()
+
     def _key(self) -> str:
         key = os.environ.get(self.key_variable, "").strip()
         if not key:

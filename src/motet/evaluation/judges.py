@@ -219,10 +219,12 @@ def open_judge(
     if s.judge == "rule":
         return RuleJudge(s.rule, s.rule_prefers == "more")
     if s.judge == "openai":
-        return ChatJudge(
+        endpoint = ChatJudge(
             s.base_url, s.endpoint_model, s.question, s.key_variable, s.judge_timeout_seconds, s.judge_tries,
             concurrency=s.judge_concurrency, answer_tokens=s.answer_tokens,
         )  # fmt: skip
+        endpoint.check()
+        return endpoint
     # single precision, whatever the machine is fast at: a judge must say the same everywhere
     reads = BackboneSettings(model=s.judge_model, depth=s.judge_depth, dtype="float32", device=device)
     backbone = open_backbone(reads, cache)

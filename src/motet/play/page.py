@@ -228,7 +228,7 @@ def build(session: Playable) -> Any:
                     "sliders. It loads without motet.</p>"
                 )
                 exported = gr.HTML(mixture(names, even))
-                folder = gr.Textbox(label="Folder", value=FOLDER, max_lines=1, info="New, or one that motet wrote.")
+                folder = gr.Textbox(label="Folder", value=FOLDER, max_lines=1, info="New or empty.")
                 with gr.Row(elem_classes="buttons"):
                     write = gr.Button("Write the adapter", variant="primary", scale=0, min_width=180)
                 outcome = gr.HTML("")

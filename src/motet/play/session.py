@@ -86,8 +86,11 @@ class Session:
         taste = person_taste(self.policy, pairs, self.cache, chooser=self.chooser)
         mean, log_scale = self.chooser.taste(pairs)
         centre, axes = self.plane
+        shares = dict(taste.shares)
+        if not shares:  # no population, so no probabilities: the nearest group is all that can be said
+            shares = {self.names[int(torch.cdist(mean.unsqueeze(0), self.policy.tastes).argmin())]: 1.0}
         spread = ((2 * log_scale).exp() @ axes.square()).sqrt()
-        return Person(dict(taste.shares), _point((mean - centre) @ axes), _point(spread), taste.said, taste.unsure)
+        return Person(shares, _point((mean - centre) @ axes), _point(spread), taste.said, taste.unsure)
 
     def latent_map(self) -> Map:
         """See :class:`~motet.play.contract.Playable`."""

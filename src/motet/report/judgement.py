@@ -96,7 +96,7 @@ def _people(found: Mapping[str, Any]) -> Rows:
             f"{row['person']} ({row['axis']})",
             ", ".join(f"{share:.0%} {name}" for name, share in row["shares"].items() if share >= 0.005),
             _rate(row["verdict"]),
-            "–" if row["points_from_prototype"] is None else f"{row['points_from_prototype']:+.1f}",
+            _points(row),
         ]
         for row in found["people"]
     ]
@@ -140,6 +140,13 @@ def _manner(found: Mapping[str, Any]) -> Rows:
 def _both(found: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of either side, by taste; where both have a taste, the other's says whose it is."""
     return {f"{found['second']}: {name}" if name in ours else name: value for name, value in theirs.items()} | {**ours}
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    if row["points_from_prototype"] is None:
+        return "–"
+    low, high = row["points_interval"]
+    return f"{row['points_from_prototype']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _rate(verdict: Mapping[str, Any]) -> str:
