@@ -17,15 +17,18 @@ from safetensors.torch import load
 from torch import Tensor
 
 from motet.alignment.policy import Worn
-from motet.alignment.sampling import SamplingSettings
+from motet.alignment.sampling import SamplingSettings, sample
 from motet.alignment.trainers import OpenBase
-from motet.errors import ConfigError, RunError
+from motet.data.prompts import bundled_prompts
+from motet.errors import ConfigError
 from motet.experiment import default_cache
 from motet.person import Chooser, open_chooser
 from motet.play.contract import Map, Person
 from motet.policies import Policy, dressed, export, mixture, open_model, open_policy, person_taste, stream
 from motet.records import Pair, Turn, generator
 
+FRESH = 8
+"""Questions that are drawn while somebody waits."""
 POSTERIORS, PAIRS = "posteriors.safetensors", "pairs.jsonl"
 
 
@@ -59,10 +62,13 @@ class Session:
         return stream(self.base, self.worn, (Turn("user", prompt),), taste, settings, seed)
 
     def questions(self, count: int, seed: int) -> list[tuple[str, str, str]]:
-        """Pairs of answers that tastes disagree on, as the policy was trained on them; one a prompt."""
+        """Pairs of answers that tastes disagree on, as the policy was trained on them; one a prompt.
+
+        A policy by GRPO was trained on no pairs: the base answers some bundled prompts twice.
+        """
         path = self.folder / PAIRS
         if not path.exists():
-            raise RunError(f"{path.name} is missing in {str(self.folder)!r}, so there is nothing to choose between")
+            return self._fresh(min(count, FRESH), seed)
         labels: dict[tuple[str, frozenset[str]], set[str]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -79,6 +85,17 @@ class Session:
             flip = bool(torch.rand((), generator=draw) < 0.5)
             found.append((prompt, second, first) if flip else (prompt, first, second))
         return found
+
+    def _fresh(self, count: int, seed: int) -> list[tuple[str, str, str]]:
+        """Prompts with two answers of the base, drawn now."""
+        prompts = bundled_prompts("train")
+        order = torch.randperm(len(prompts), generator=generator(seed, "questions")).tolist()[:count]
+        asked = [prompts[place] for place in order for _ in range(2)]
+        with self.worn.taken_off():
+            drawn = sample(self.base, asked, SamplingSettings(), seed, "questions")
+        texts = [answer.text for answer in drawn]
+        pairs = zip(order, texts[0::2], texts[1::2], strict=True)
+        return [(prompts[place][-1].content, first, second) for place, first, second in pairs if first != second]
 
     def person(self, choices: Sequence[tuple[str, str, str]]) -> Person:
         """See :class:`~motet.play.contract.Playable`."""
