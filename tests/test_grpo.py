@@ -504,7 +504,7 @@ def test_a_run_becomes_a_policy_by_grpo(tmp_path: Path, tmp_path_factory: pytest
     with pytest.raises(RunError, match="is of another training"):
         align(run, tmp_path / "cut", resolve_align({**words, "group_size": 4}), cache, resume=True)
     policy = open_policy(tmp_path / "whole")
-    assert policy.names == tuple(notes["taste_names"])
+    assert policy.names == tuple(notes["names"])
 
 
 def test_the_settings_of_an_alignment_have_unique_names() -> None:

@@ -267,7 +267,7 @@ def test_the_accuracy_of_a_judge_is_taken_by_prompt() -> None:
 
 def test_rewards_are_margins_in_nats_and_equal_texts_tie(polite: HeldOutReward) -> None:
     prompts, answers = asked(3), ["please word1", "never word1", "please word1"]
-    rewards = polite.rewards(prompts, answers)
+    rewards = polite.score(prompts, answers)
     torch.testing.assert_close(rewards, polite.score(prompts, answers))
     assert rewards[0] > rewards[1]
     odds = (rewards[0] - rewards[1]).sigmoid()

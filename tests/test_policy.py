@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
-from motet.alignment.policy import TasteAdapter, adapter_from, fold, start_policy, unpack_adapter, wearing
+from motet.alignment.policy import TasteAdapter, adapter_from, fold, start_policy, wearing
 from motet.alignment.trainers import LoraSettings, OpenBase, open_base
 from motet.errors import MessageError
 from motet.policies import Policy, Taste, export
@@ -213,7 +214,7 @@ def test_the_start_is_decided_by_the_seed(base: OpenBase, prototypes: Tensor) ->
 
 
 def test_packing_keeps_every_bit(adapter: TasteAdapter) -> None:
-    again = unpack_adapter(adapter.packed(), SETTINGS)
+    again = adapter_from(load(adapter.packed()), SETTINGS)
     assert same_bits(adapter.tensors(), again.tensors())
     assert again.taste_scale == adapter.taste_scale
     assert adapter.packed() == again.packed()

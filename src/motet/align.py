@@ -29,12 +29,13 @@ from motet.alignment.sampling import Answer, SamplingSettings, distance, end_tok
 from motet.alignment.stretches import Look, PolicySettings, Trained
 from motet.alignment.trainers import OpenBase, open_base
 from motet.card import card
-from motet.config import Section, nearest, settings, write_atomically, write_toml
+from motet.config import Section, settings, words_by_table, write_atomically, write_toml
 from motet.data.partition import Deal, deal_digest
 from motet.data.prompts import bundled_prompts, read_prompts
 from motet.data.recipes import RECIPES, load_recipe
 from motet.errors import ConfigError, DataError, RunError
 from motet.experiment import Settings, locked, resolve
+from motet.person import unique_names
 from motet.policies import ABOUT, base_settings, write_policy
 from motet.records import Turn, generator, prompt_group
 from motet.selector.backbone import find_device, find_dtype, model_folder
@@ -122,13 +123,7 @@ def resolve_align(words: Mapping[str, Any], seed: int = 0) -> Asked:
     Raises:
         ConfigError: Anything unknown or out of range.
     """
-    homes = {name: table for table, kind in TABLES.items() for name in kind.model_fields}
-    tables: dict[str, dict[str, Any]] = {name: {} for name in TABLES}
-    for word, value in words.items():
-        table, dot, name = word.rpartition(".")
-        if name not in homes or (dot and homes[name] != table):
-            raise ConfigError(f"unknown setting {word!r} in --set; {nearest(word, homes)}")
-        tables[homes[name]][name] = value
+    tables = words_by_table(words, TABLES)
     built: dict[str, Any] = {name: settings(kind, tables[name], "--set") for name, kind in TABLES.items()}
     idle = {"dpo": ("grpo",), "grpo": ("dpo", "labels")}[built["align"].by]
     if lost := [name for table in idle for name in tables[table]]:
@@ -202,7 +197,7 @@ def align(
             "base": model, "by": asked.align.by, "method": settled.method, "recipe": settled.data.recipe,
             "data": settled.data.model_dump(mode="json"), "deal_digest": digest, "run_seed": settled.seed,
             "seed": asked.seed,
-            "taste_names": list(names),
+            "names": list(names),
             "figures": {
                 "steps": trained.step, "gain_nats": best["gain"], "kl_nats": best["kl"], **figures,
                 "parameters": trained.adapter.numbers(),
@@ -288,9 +283,8 @@ def tastes_of(run: Path, reward: RewardModel, asked: Asked) -> tuple[tuple[str, 
         return (), torch.zeros(0, 0)
     selector = reward.selector
     if len(selector.prototypes):
-        return unique_names(
-            selector.axes_names or [f"p{i}" for i in range(len(selector.prototypes))]
-        ), selector.prototypes
+        named = selector.axes_names or [f"p{i}" for i in range(len(selector.prototypes))]
+        return tuple(unique_names(named)), selector.prototypes
     from sklearn.cluster import KMeans
 
     means = load((run / POSTERIORS).read_bytes())["means"]
@@ -298,11 +292,6 @@ def tastes_of(run: Path, reward: RewardModel, asked: Asked) -> tuple[tuple[str, 
         raise ConfigError(f"tastes must be at most the number of people, {len(means)}, got {asked.align.tastes}")
     centres = KMeans(asked.align.tastes, n_init=10, random_state=asked.seed).fit(means.numpy()).cluster_centers_
     return tuple(f"group {i}" for i in range(len(centres))), torch.tensor(centres, dtype=torch.float32)
-
-
-def unique_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The same names, numbered where one comes twice."""
-    return tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names))
 
 
 def _run_settings(run: Path, data: str | None) -> Settings:

@@ -53,6 +53,22 @@ def settings(kind: type[SectionType], table: Mapping[str, Any], place: str) -> S
         raise ConfigError(f"{name} in {place}: {message}{got}{_meaning(kind, first['loc'])}") from None
 
 
+def words_by_table(words: Mapping[str, Any], tables: Mapping[str, type[Section]]) -> dict[str, dict[str, Any]]:
+    """Single words, with or without their table, sorted into the tables that know them; each table is there.
+
+    Raises:
+        ConfigError: No table knows a word, or another than it names.
+    """
+    homes = {name: table for table, kind in tables.items() for name in kind.model_fields}
+    found: dict[str, dict[str, Any]] = {name: {} for name in tables}
+    for word, value in words.items():
+        table, dot, name = word.rpartition(".")
+        if name not in homes or (dot and homes[name] != table):
+            raise ConfigError(f"unknown setting {word!r} in --set; {nearest(word, homes)}")
+        found[homes[name]][name] = value
+    return found
+
+
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """``did you mean 'x'?`` where something is near, else the list of what is known."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from motet.alignment.policy import Worn
 from motet.alignment.sampling import Answer, SamplingSettings, distance, sample_through
 from motet.alignment.trainers import OpenBase
-from motet.config import Section, nearest, settings, write_atomically
+from motet.config import Section, settings, words_by_table, write_atomically
 from motet.data.partition import Deal, Person, deal_digest
 from motet.data.prompts import bundled_prompts, read_prompts
 from motet.data.recipes import DataSettings, load_recipe
@@ -48,7 +48,8 @@ from motet.policies import (
 from motet.records import Pair, Turn, generator, prompt_group
 
 Prompt = tuple[Turn, ...]
-BASE_SEED, SAMPLES = 0, 5
+SAMPLES = 5
+"""Prompts whose answers are kept for readers: the first in an order that only the texts decide."""
 
 
 class JudgingSettings(Section):
@@ -98,13 +99,7 @@ def resolve_judging(words: Mapping[str, Any], seed: int = 0) -> AskedOfJudges:
     Raises:
         ConfigError: Anything unknown or out of range.
     """
-    homes = {name: table for table, kind in TABLES.items() for name in kind.model_fields}
-    tables: dict[str, dict[str, Any]] = {name: {} for name in TABLES}
-    for word, value in words.items():
-        table, dot, name = word.rpartition(".")
-        if name not in homes or (dot and homes[name] != table):
-            raise ConfigError(f"unknown setting {word!r} in --set; {nearest(word, homes)}")
-        tables[homes[name]][name] = value
+    tables = words_by_table(words, TABLES)
     built: dict[str, Any] = {name: settings(kind, tables[name], "--set") for name, kind in TABLES.items()}
     return AskedOfJudges(**built, seed=seed)
 

@@ -148,7 +148,7 @@ def prediction_table(predicted: Mapping[str, Any]) -> Table:
 def _by_selector(folder: Path, known: Sequence[Pair], asked: Sequence[Pair], cache: Path | None) -> dict[str, Any]:
     chooser = open_chooser(folder, cache)
     mean, log_scale = chooser.taste(known)
-    names = _unique(chooser.selector.axes_names)
+    names = unique_names(chooser.selector.axes_names)
     tastes = chooser.selector.prototypes
     amortised = chooser.probability(mean, asked)
     if len(tastes):
@@ -189,7 +189,7 @@ def _by_rewards(folder: Path, known: Sequence[Pair], asked: Sequence[Pair], cach
     ((probability,),) = predictor.probabilities(person, [torch.arange(len(context))]).values()
     rewards = f"{count} linear reward{'s' if count > 1 else ''}"
     if kept.how == "bayes":
-        names = _unique(kept.names if len(kept.names) == count else [f"reward {place}" for place in range(count)])
+        names = unique_names(kept.names if len(kept.names) == count else [f"reward {place}" for place in range(count)])
         fits = F.logsigmoid(kept.rewards @ columns(person.context).T).sum(dim=1)
         weights = bayes_responsibilities(predictor.log_weights, fits)
         share = dict(zip(names, weights.tolist(), strict=True))
@@ -292,7 +292,8 @@ def _question(row: Any, place: str) -> Pair:
     return Pair(prompt, row[names[0]], row[names[1]], group=prompt_group(prompt))
 
 
-def _unique(names: Sequence[str]) -> list[str]:
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The same names, numbered where one comes twice."""
     return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
 
 

@@ -4,8 +4,8 @@ In:  a frozen base, an adapter to start from, labelled pairs, a way to look at t
 Out: the adapter that looked best within its KL budget, and a log of every look, see ``stretches``.
 
 TRL's ``DPOTrainer`` does the steps; its reference is the base with the adapter off, never a second copy, and its
-log-likelihoods are computed beforehand. Ours is what it lacks: a taste for each pair (chosen and rejected answer share it),
-and checkpoints without pickle from which an interrupted training goes on to the same bits.
+log-likelihoods are computed beforehand. Ours is what it lacks: a taste for each pair (chosen and rejected answer share
+it), and checkpoints without pickle from which an interrupted training goes on to the same bits.
 """
 
 import functools

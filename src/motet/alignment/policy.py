@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load, save
+from safetensors.torch import save
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,11 +72,6 @@ def adapter_from(tensors: Mapping[str, Tensor], settings: LoraSettings) -> Taste
         if part in parts:
             parts[part][layer] = tensor
     return TasteAdapter(settings, **parts, taste_scale=float(tensors["taste_scale"]))
-
-
-def unpack_adapter(payload: bytes, settings: LoraSettings) -> TasteAdapter:
-    """The same from safetensors."""
-    return adapter_from(load(payload), settings)
 
 
 def start_policy(

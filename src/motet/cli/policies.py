@@ -71,7 +71,7 @@ def align(
         f"kept the policy after {figures['steps']} steps: gain {figures['gain_nats']:+.3f}, "
         f"KL to the base {figures['kl_nats']:.1f} nats"
     )
-    names = notes["taste_names"]
+    names = notes["names"]
     taste = f' --taste "{names[0]}"' if names else ""
     watcher.console.print(f"policy: {plain(str(out))}", highlight=False, soft_wrap=True)
     watcher.said("Next, try:")

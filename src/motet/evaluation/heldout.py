@@ -93,10 +93,6 @@ class HeldOutReward:
             self._known.update(zip(new, (self.whitening(said.embedding) @ self.weights).tolist(), strict=True))
         return torch.tensor([self._known[key] for key in keys])
 
-    def rewards(self, prompts: Sequence[tuple[Turn, ...]], answers: Sequence[str]) -> Float[Tensor, " answers"]:
-        """The same as :meth:`score`."""
-        return self.score(prompts, answers)
-
     def preferences(
         self, prompts: Sequence[tuple[Turn, ...]], first: Sequence[str], second: Sequence[str]
     ) -> list[float]:
