@@ -87,10 +87,11 @@ class Watcher:
                 self.tasks[name] = now
             if now - self.last_said > 10 or done >= total:
                 self.last_said = now
+                # nothing is known of the pace before the second call
                 left = (now - self.tasks[name]) * (total - done) / max(done, 1)
                 self.said(
                     f"{name}: {done / max(total, 1):.0%}, {note}"
-                    + (f", about {left:.0f} s left" if done < total else "")
+                    + (f", about {left:.0f} s left" if done < total and left > 0 else "")
                 )
             return
         if name not in self.tasks:
