@@ -92,7 +92,7 @@ def test_a_run_becomes_a_policy(toy: Path, made: tuple[Path, Heard, dict[str, An
     folder, heard, notes = made
     assert {path.name for path in folder.iterdir()} - {".lock"} == FILES
     policy, selector = open_policy(folder), load_selector(toy)[0]
-    assert policy.names == unique_names(selector.axes_names)
+    assert policy.names == tuple(unique_names(selector.axes_names))
     assert torch.equal(policy.tastes, selector.prototypes)
     assert policy.model == words["base"]
     assert policy.adapter is not None
@@ -349,8 +349,8 @@ def test_slips_in_settings_are_named() -> None:
 
 
 def test_names_of_tastes_are_unique() -> None:
-    assert unique_names(("a", "b", "a")) == ("a (0)", "b", "a (2)")
-    assert unique_names(()) == ()
+    assert unique_names(("a", "b", "a")) == ["a (0)", "b", "a (2)"]
+    assert unique_names(()) == []
 
 
 @pytest.mark.slow
