@@ -37,13 +37,13 @@ from motet.policies import (
     BARE,
     Policy,
     Taste,
-    bared,
     dressed,
     mixture,
     open_model,
     open_policy,
     parse_taste,
     person_taste,
+    turned,
 )
 from motet.records import Pair, Turn, generator, prompt_group
 
@@ -139,9 +139,7 @@ class _Asker:
             def watch(done: int, total: int, number: int = number) -> None:
                 self.watcher.stage(f"{title}, seed {number}" if number else title, done, total)
 
-            dress = None if taste.bare else worn
-            tastes = None if taste.vector is None or dress is None else taste.vector.expand(len(self.prompts), -1)
-            with bared(worn if taste.bare else None):
+            with turned(worn, taste, len(self.prompts)) as (dress, tastes):
                 drawn = sample_through(
                     self.cache, side.base, self.prompts, self.asked.sampling, self.asked.seed, "judging", number,
                     worn=dress, tastes=tastes, watch=watch,
@@ -151,13 +149,9 @@ class _Asker:
 
     def manner(self, side: Side, worn: Worn | None, taste: Taste, answers: Sequence[Answer]) -> dict[str, Any]:
         """How far answers are from the base, and whether they still are language."""
-        dress = None if taste.bare else worn
-        prompts, some = (
-            self.prompts[: self.asked.judging.distance_prompts],
-            answers[: self.asked.judging.distance_prompts],
-        )
-        tastes = None if taste.vector is None or dress is None else taste.vector.expand(len(prompts), -1)
-        with bared(worn if taste.bare else None):
+        most = self.asked.judging.distance_prompts
+        prompts, some = self.prompts[:most], answers[:most]
+        with turned(worn, taste, len(prompts)) as (dress, tastes):
             far = distance(side.base, prompts, some, self.asked.sampling, dress, tastes)
         texts = [answer.text for answer in answers]
         weights = torch.tensor([float(len(answer.tokens)) for answer in some])

@@ -222,6 +222,16 @@ def bared(worn: Worn | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def turned(worn: Worn | None, taste: Taste, rows: int) -> Iterator[tuple[Worn | None, Tensor | None]]:
+    """What sampling and distance want of a policy at one taste: what is worn, and the taste of each of so many rows."""
+    if taste.bare:
+        with bared(worn):
+            yield None, None
+    else:
+        yield worn, None if taste.vector is None else taste.vector.expand(rows, -1)
+
+
 def parse_taste(policy: Policy, text: str, cache: Path) -> Taste:
     """A taste from what a user wrote; see the top of this file.
 
@@ -343,9 +353,8 @@ def answers_at(
     seed: int,
 ) -> list[Answer]:
     """One answer to each prompt at one taste."""
-    tastes = None if taste.vector is None else taste.vector.expand(len(prompts), -1)
-    with bared(worn if taste.bare else None):
-        return sample(base, prompts, settings, seed, "say", worn=None if taste.bare else worn, tastes=tastes)
+    with turned(worn, taste, len(prompts)) as (worn, tastes):
+        return sample(base, prompts, settings, seed, "say", worn=worn, tastes=tastes)
 
 
 def stream(

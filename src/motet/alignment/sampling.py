@@ -7,6 +7,7 @@ Each batch draws from a generator of its own name, so an interrupted sampling go
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -173,8 +174,12 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@functools.lru_cache(maxsize=2)
 def weights_key(base: OpenBase) -> str:
-    """A name for what decides a base's answers: its weights, their type, its tokenizer and template."""
+    """A name for what decides a base's answers: its weights, their type, its tokenizer and template.
+
+    Kept for the last two bases, for their weights are frozen, and each taste of each sampling asks.
+    """
     digest = hashlib.sha256()
     bare = {name.replace(".base_layer", ""): t for name, t in base.model.state_dict().items() if ".lora_" not in name}
     for name, tensor in sorted(bare.items()):  # the same whether it wears an adapter or not
