@@ -15,7 +15,7 @@ from motet.errors import RunError
 from motet.experiment import resolve
 from motet.experiment import run as run_once
 from motet.person import open_chooser
-from motet.records import Pair, Turn, generator
+from motet.records import Image, Pair, Turn, generator
 from motet.selector.backbone import BackboneSettings, ToyBackbone
 from motet.selector.features import embeddings
 from motet.selector.reward import (
@@ -212,7 +212,7 @@ def test_rewards_that_read_texts_refuse_images() -> None:
         CallableReward("one", lambda p, a: [0.0] * 6),
     ):
         with pytest.raises(RunError) as error:
-            reward.score(PROMPTS, TEXTS, images=[object()] * 6)
+            reward.score(PROMPTS, TEXTS, images=[Image(1, 1, b"rgb")] * 6)
         assert str(error.value) == f"the reward {reward.name!r} reads texts only, got 6 images; leave them out"
 
 

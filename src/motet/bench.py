@@ -206,7 +206,7 @@ def feddpo_round(cache: Path) -> dict[str, Any]:
     ):
         for pair in pairs:
             texts |= {(pair.prompt, pair.chosen): None, (pair.prompt, pair.rejected): None}
-    items: list[Item] = list(texts)[:64]
+    items: list[Item] = [*texts][:64]
     backbone = open_backbone(asked.backbone, cache)
     started = time.perf_counter()
     for _ in backbone.embed(items):

@@ -9,8 +9,9 @@ bit-exact, nothing is executed on reading, and the bytes that a ledger reports a
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,37 @@ class Turn(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Image:
+    """A picture in memory: RGB, row after row. Equal pixels are equal pictures."""
+
+    width: int
+    height: int
+    pixels: bytes = field(repr=False)
+    """Three bytes a pixel."""
+
+    @classmethod
+    def of(cls, picture: Any, longest: int | None = None) -> "Image":
+        """Of a ``PIL.Image``, in RGB; a longer side than ``longest`` pixels is shrunk to it, in proportion."""
+        plain = picture.convert("RGB")
+        if longest is not None and max(plain.size) > longest:
+            share = longest / max(plain.size)
+            plain = plain.resize((max(1, round(plain.width * share)), max(1, round(plain.height * share))))
+        width, height = plain.size
+        return cls(width, height, plain.tobytes())
+
+    def pil(self) -> Any:
+        """As a ``PIL.Image``, which processors read."""
+        from PIL import Image as Pillow
+
+        return Pillow.frombytes("RGB", (self.width, self.height), self.pixels)
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the pixels: sha256, shortened to 32 letters."""
+        return hashlib.sha256(f"{self.width}x{self.height}".encode() + self.pixels).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two answers to one prompt, and which of them somebody chose."""
 
@@ -43,16 +75,18 @@ class Pair:
     """The axis of preference. Known to evaluation only, never shown to training."""
     group: str = ""
     """What may never straddle a split: by default the prompt, see :func:`prompt_group`."""
+    image: Image | None = None
+    """What the prompt is about, where it is about a picture."""
 
     @classmethod
-    def of(cls, prompt: str, chosen: str, rejected: str) -> "Pair":
+    def of(cls, prompt: str, chosen: str, rejected: str, image: Image | None = None) -> "Pair":
         """A pair of a single-turn prompt."""
         turns = (Turn("user", prompt),)
-        return cls(turns, chosen, rejected, group=prompt_group(turns))
+        return cls(turns, chosen, rejected, group=prompt_group(turns), image=image)
 
     def mirrored(self) -> "Pair":
         """The same pair with the opposite choice."""
-        return Pair(self.prompt, self.rejected, self.chosen, self.client, self.axis, self.group)
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
 
 
 def prompt_group(prompt: tuple[Turn, ...]) -> str:

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from motet.config import Section
 from motet.errors import BackboneError
-from motet.records import Turn, generator
+from motet.records import Image, Turn, generator
 
-Item = tuple[tuple[Turn, ...], str]
-"""A prompt and one answer to it."""
+Item = tuple[tuple[Turn, ...], str] | tuple[tuple[Turn, ...], str, Image | None]
+"""A prompt, one answer to it and, for models that see, the picture they are about. Models of texts look at the first
+two only."""
 ChoiceItem = tuple[tuple[Turn, ...], str, str]
 """A prompt and two answers to it."""
 
@@ -127,8 +128,8 @@ class ToyBackbone:
     def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[int], Embedded]]:
         for start in range(0, len(items), 64):
             batch = items[start : start + 64]
-            vectors = torch.stack([self._bag(answer) for _, answer in batch])
-            lengths = torch.tensor([-float(len(answer.split()) % 7) / 7 for _, answer in batch])
+            vectors = torch.stack([self._bag(item[1]) for item in batch])
+            lengths = torch.tensor([-float(len(item[1].split()) % 7) / 7 for item in batch])
             yield list(range(start, start + len(batch))), Embedded(vectors, lengths)
 
     def choices(self, items: Sequence[ChoiceItem]) -> Iterator[tuple[list[int], Tensor]]:
@@ -136,7 +137,7 @@ class ToyBackbone:
         yield list(range(len(items))), torch.tensor(odds)
 
     def tokens(self, items: Sequence[Item]) -> list[int]:
-        return [sum(len(turn.content.split()) for turn in prompt) + len(answer.split()) for prompt, answer in items]
+        return [sum(len(turn.content.split()) for turn in item[0]) + len(item[1].split()) for item in items]
 
     def _bag(self, text: str) -> Tensor:
         words = text.lower().split()
@@ -163,7 +164,7 @@ class CausalBackbone:
 
     def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[int], Embedded]]:
         """See :class:`Backbone`. Batches of similar length, padded on the right, within ``token_budget``."""
-        encoded = [self._encode(prompt, answer) for prompt, answer in items]
+        encoded = [self._encode(item[0], item[1]) for item in items]
         lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
         for batch in batches(lengths, self.settings.token_budget):
             rows = [encoded[i] for i in batch]
@@ -197,7 +198,7 @@ class CausalBackbone:
 
     def tokens(self, items: Sequence[Item]) -> list[int]:
         """See :class:`Backbone`."""
-        return [sum(map(len, self._encode(prompt, answer))) for prompt, answer in items]
+        return [sum(map(len, self._encode(item[0], item[1]))) for item in items]
 
     def _read(self, rows: Sequence[tuple[list[int], list[int]]], ids: Tensor, states: Sequence[Tensor]) -> Embedded:
         embeddings, likelihoods = [], []
@@ -274,7 +275,7 @@ class EncoderBackbone:
 
     def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[int], Embedded]]:
         """See :class:`Backbone`. Batches of similar length within ``token_budget``; the padding is masked."""
-        encoded = [self._encode(prompt, answer) for prompt, answer in items]
+        encoded = [self._encode(item[0], item[1]) for item in items]
         before, between, after = self.frame
         lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
         for batch in batches(
@@ -310,7 +311,7 @@ class EncoderBackbone:
 
     def tokens(self, items: Sequence[Item]) -> list[int]:
         """See :class:`Backbone`."""
-        return [sum(map(len, (*self._encode(prompt, answer), *self.frame))) for prompt, answer in items]
+        return [sum(map(len, (*self._encode(item[0], item[1]), *self.frame))) for item in items]
 
     def _encode(self, prompt: tuple[Turn, ...], answer: str) -> tuple[list[int], list[int]]:
         turns = _shown(prompt, self.settings.dialogue)

@@ -65,7 +65,7 @@ def embed(
     for pairs in {id(pairs): pairs for pairs in holdings}.values():
         for pair in pairs:
             a, b = _keys(pair)
-            items[a], items[b] = (pair.prompt, pair.chosen), (pair.prompt, pair.rejected)
+            items[a], items[b] = (pair.prompt, pair.chosen, pair.image), (pair.prompt, pair.rejected, pair.image)
             if choice:
                 keys, _, texts = _duel(pair)
                 duels[keys] = (pair.prompt, *texts)
@@ -78,7 +78,8 @@ def embed(
 
 
 def _keys(pair: Pair) -> tuple[str, str]:
-    return text_key(pair.prompt, pair.chosen), text_key(pair.prompt, pair.rejected)
+    chosen, rejected = (text_key(pair.prompt, answer, image=pair.image) for answer in (pair.chosen, pair.rejected))
+    return chosen, rejected
 
 
 def _duel(pair: Pair) -> tuple[tuple[str, str], float, tuple[str, str]]:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from motet.config import write_atomically
+from motet.records import Image
 from motet.selector.backbone import Backbone, ChoiceItem, Embedded, Item
 
 SHARD_ROWS = 512
@@ -83,7 +85,7 @@ def embeddings(
         cache: Cache folder; ``None`` computes everything and keeps nothing.
         progress: Told how far it is.
     """
-    keys = [text_key(prompt, answer) for prompt, answer in items]
+    keys = [text_key(item[0], item[1], image=item[2] if len(item) == 3 else None) for item in items]
 
     def measure(missing: Sequence[int]) -> Sequence[int]:
         return backbone.tokens([items[i] for i in missing])
@@ -119,9 +121,10 @@ def choice_log_odds(
     return torch.stack([row["log_odds"] for row in rows]) if rows else torch.zeros(0)
 
 
-def text_key(prompt: Sequence[tuple[str, str]], *answers: str) -> str:
-    """sha256 of a prompt and what answers it; fields are kept apart, so that nothing can slide from one to the next."""
-    plain = json.dumps([[list(turn) for turn in prompt], list(answers)], ensure_ascii=True)
+def text_key(prompt: Sequence[tuple[str, str]], *answers: str, image: Image | None = None) -> str:
+    """sha256 of a prompt, what answers it and the picture; fields are kept apart, so that nothing can slide over."""
+    fields: list[Any] = [[list(turn) for turn in prompt], list(answers)]
+    plain = json.dumps(fields if image is None else [*fields, image.digest], ensure_ascii=True)
     return hashlib.sha256(plain.encode()).hexdigest()
 
 

@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from motet.errors import RunError
-from motet.records import Turn
+from motet.records import Image, Turn
 from motet.selector.backbone import Backbone, BackboneSettings, open_backbone
 from motet.selector.features import embeddings
 from motet.selector.rewards import CONFIG as REWARDS
@@ -48,7 +48,7 @@ class RewardModel(Protocol):
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        images: Sequence[Any] | None = None,
+        images: Sequence[Image | None] | None = None,
         taste: Float[Tensor, "*answers latent"] | None = None,
     ) -> Float[Tensor, " answers"]:
         """Score each answer to its prompt.
@@ -56,7 +56,7 @@ class RewardModel(Protocol):
         Args:
             prompts: One an answer.
             answers: Texts.
-            images: One an answer, for rewards that see.
+            images: One an answer, for rewards that see; ``None`` where a prompt is about no picture.
             taste: One for all answers, or one an answer; ``None`` is the population's.
 
         Raises:
@@ -79,7 +79,7 @@ class SelectorReward:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        images: Sequence[Any] | None = None,
+        images: Sequence[Image | None] | None = None,
         taste: Float[Tensor, "*answers latent"] | None = None,
     ) -> Float[Tensor, " answers"]:
         """Reward in nats: (E11) without the difference. The difference of two scores is the selector's log-odds."""
@@ -114,7 +114,7 @@ class LinearReward:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        images: Sequence[Any] | None = None,
+        images: Sequence[Image | None] | None = None,
         taste: Float[Tensor, "*answers latent"] | None = None,
     ) -> Float[Tensor, " answers"]:
         """Reward in nats; of a vote, the share of duels won.
@@ -144,7 +144,7 @@ class CallableReward:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[str],
-        images: Sequence[Any] | None = None,
+        images: Sequence[Image | None] | None = None,
         taste: Float[Tensor, "*answers latent"] | None = None,
     ) -> Float[Tensor, " answers"]:
         """What the function says.
@@ -238,6 +238,6 @@ def _population(selector: Selector) -> tuple[Tensor, Tensor]:
     return selector.prior.means, selector.prior.log_mass.softmax(dim=0)
 
 
-def _blind(name: str, images: Sequence[Any] | None) -> None:
+def _blind(name: str, images: Sequence[Image | None] | None) -> None:
     if images is not None:
         raise RunError(f"the reward {name!r} reads texts only, got {len(images)} images; leave them out")
