@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from motet.config import write_atomically
-from motet.records import Image
+from motet.records import Image, Turn
 from motet.selector.backbone import Backbone, ChoiceItem, Embedded, Item
 
 SHARD_ROWS = 512
@@ -101,6 +102,36 @@ def embeddings(
     return Embedded(
         torch.stack([row["embedding"] for row in rows]), torch.stack([row["log_likelihood"] for row in rows])
     )
+
+
+def embed_prompts(
+    backbone: Backbone,
+    prompts: Sequence[tuple[Turn, ...]],
+    images: Sequence[Image | None] | None,
+    cache: Path | None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "prompts hidden"]:
+    """What the backbone says of each prompt with its picture, before any answer, from the cache where it has it.
+
+    Args:
+        backbone: The frozen model.
+        prompts: Repeated ones are computed once.
+        images: One a prompt, or none at all.
+        cache: Cache folder; ``None`` computes everything and keeps nothing.
+        progress: Told how far it is.
+    """
+    items = list(zip(prompts, images if images is not None else [None] * len(prompts), strict=True))
+
+    def measure(missing: Sequence[int]) -> Sequence[int]:
+        return backbone.tokens([(items[i][0], "", items[i][1]) for i in missing])
+
+    def compute(missing: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        for batch, said in backbone.embed_prompts([items[i] for i in missing]):
+            yield batch, {"embedding": said}
+
+    kept = FeatureCache(cache, backbone.fingerprint, "prompts") if cache else None
+    rows = _cached(kept, [text_key(prompt, image=image) for prompt, image in items], compute, measure, progress)
+    return torch.stack([row["embedding"] for row in rows]) if rows else torch.zeros(0, backbone.hidden)
 
 
 def choice_log_odds(
