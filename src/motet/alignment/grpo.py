@@ -27,6 +27,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from motet.alignment.lora import lora_config
+from motet.alignment.opened import OpenBase
 from motet.alignment.policy import TasteAdapter, Worn
 from motet.alignment.sampling import SamplingSettings, prompt_ids, sample
 from motet.alignment.stretches import (
@@ -39,7 +41,7 @@ from motet.alignment.stretches import (
     check_finite,
     train_in_stretches,
 )
-from motet.alignment.trainers import OpenBase, lora_config, quiet_arguments, trl_grpo
+from motet.alignment.trainers import quiet_arguments, trl_grpo
 from motet.config import Section
 from motet.records import Turn, generator
 from motet.selector.reward import RewardModel

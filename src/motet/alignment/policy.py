@@ -25,7 +25,8 @@ from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional as F
 
-from motet.alignment.trainers import LoraSettings, OpenBase, lora_config, old_names, target_pattern, undress
+from motet.alignment.lora import LoraSettings, lora_config, old_names, target_pattern, undress
+from motet.alignment.opened import OpenBase
 from motet.errors import MessageError
 
 PREFIX = "base_model.model."

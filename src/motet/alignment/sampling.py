@@ -19,8 +19,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from motet.alignment.opened import OpenBase
 from motet.alignment.policy import Worn
-from motet.alignment.trainers import OpenBase, own_randomness
+from motet.alignment.trainers import own_randomness
 from motet.config import Section, write_atomically
 from motet.records import Turn, generator
 from motet.selector.backbone import batches

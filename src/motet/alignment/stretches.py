@@ -22,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from motet.alignment.lora import LoraSettings, old_names, undress
+from motet.alignment.opened import OpenBase
 from motet.alignment.policy import TasteAdapter, Worn, adapter_from, gate, wearing
-from motet.alignment.trainers import LoraSettings, OpenBase, old_names, own_randomness, undress
+from motet.alignment.trainers import own_randomness
 from motet.config import write_atomically
 from motet.errors import RunError
 

@@ -1,10 +1,11 @@
-"""Trainers: the one file that knows TRL and PEFT, and guards against what they do to a federation by default.
+"""Trainers: the one file that knows TRL, and guards against what it does to a federation by default.
 
 In:  an opened language model, an adapter as named tensors, a client's pairs, a seed.
 Out: the adapter after some steps of DPO, and how the steps went; the model, the disk, the network and everybody's
      random numbers are left as they were.
 
-Each trap is marked below, and held by a contract test in ``tests/test_trainers.py``, so that a new TRL is noticed:
+Each trap is marked below, in ``opened`` or in ``lora``, and held by a contract test in ``tests/test_trainers.py``, so
+that a new TRL is noticed:
 1. telemetry at every construction; 2. a ready adapter silently becomes the reference; 3. a reused model breaks in
 round 2; 4. ``forward`` is wrapped once more each time; 5. global random numbers are reseeded; 6. bfloat16 is the
 default, on a CPU too; 7. checkpoints on disk; 8. texts tokenized anew each time; 9. LoRA would also match a vision
@@ -13,27 +14,29 @@ tower; 10. dropout of the adapter is switched off; 11. a runaway loss is hidden 
 
 import contextlib
 import functools
-import json
-import math
 import os
 import random
-import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors.torch import save
 from torch import Tensor
 
-from motet.config import Section, write_atomically
-from motet.errors import BackboneError, ConfigError, MessageError
+from motet.alignment.lora import LoraSettings as LoraSettings
+from motet.alignment.lora import adapter_files as adapter_files
+from motet.alignment.lora import adapter_state, load_adapter, undress
+from motet.alignment.lora import lora_config as lora_config
+from motet.alignment.lora import old_names as old_names
+from motet.alignment.lora import start_adapter as start_adapter
+from motet.alignment.lora import worn as worn
+from motet.alignment.opened import Answer, half
+from motet.alignment.opened import OpenBase as OpenBase
+from motet.alignment.opened import Row as Row
+from motet.alignment.opened import open_base as open_base
 from motet.records import Pair
 from motet.selector.backbone import batches
 
@@ -43,27 +46,6 @@ SCORE_TOKENS = 1024
 AHEAD = 4
 """The base's log-likelihoods of a client's pairs are computed once and kept, if its pairs are no more than so many
 visits would use; else TRL asks the base again in each step."""
-
-# for models without a chat template; the marks end where a token of the answer can begin
-PLAIN_CHAT = (
-    "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant: ' + message['content'] + (eos_token or '') + '\n' }}{% else %}"
-    "{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-
-class LoraSettings(Section):
-    """The shape of a LoRA adapter."""
-
-    lora_rank: int = Field(8, ge=1)
-    """Rank of each low-rank update (paper: 8)."""
-    lora_alpha: float = Field(16.0, gt=0)
-    """The update is scaled by ``lora_alpha / lora_rank`` (paper: 16)."""
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    """Share of an adapter's inputs dropped in training; the model itself drops nothing (paper: 0.05)."""
-    lora_targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    """Names of the linear layers that get an update, in the language model only, never in a vision tower."""
 
 
 class DPOSettings(LoraSettings):
@@ -85,93 +67,6 @@ class DPOSettings(LoraSettings):
     weights_dtype: Literal["default", "auto", "float32", "bfloat16"] = "default"
     """Type of the frozen weights. ``default`` is bfloat16 on a GPU and float32 on a CPU; ``auto`` takes bfloat16 on a
     CPU that is fast at it, too: a third of the time, and log-likelihoods that miss by up to a nat an answer."""
-
-
-class Row(NamedTuple):
-    """A pair as tokens. The prompt ends where the tokens of its answers begin to differ from it."""
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-
-
-Answer = tuple[tuple[int, ...], tuple[int, ...]]
-"""Tokens of a prompt, and of one answer to it."""
-
-
-@dataclass(frozen=True, eq=False)
-class OpenBase:
-    """A language model in memory; whoever borrows it gives it back without an adapter. Not for two threads at once."""
-
-    model: Any
-    tokenizer: Any
-    name: str
-    device: torch.device
-    rows: dict[tuple[tuple[Pair, ...], int], list[Row]] = field(default_factory=dict)
-    """Tokens of pairs seen before, by pairs and ``max_tokens``."""
-    likelihoods: dict[tuple[Answer, ...], dict[Answer, float]] = field(default_factory=dict)
-    """What the model without an adapter says of sets of answers seen before."""
-
-
-@functools.lru_cache(maxsize=1)
-def open_base(name: str, device: str, dtype: torch.dtype | None = None) -> OpenBase:
-    """A language model, opened once in a process; the last one is kept.
-
-    Args:
-        name: A folder with weights, ``config.json`` and tokenizer as transformers saves them, or a hub name.
-        device: ``cpu``, or ``cuda`` for the first visible GPU.
-        dtype: Of its weights. Left out: bfloat16 on a GPU that has it, else float32.
-
-    Raises:
-        BackboneError: It cannot be opened.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(name)
-        # 10: the model's own dropout is switched off here, so that it need not be in the trainer
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            for key, value in part.to_dict().items():
-                if "drop" in key and isinstance(value, float):
-                    setattr(part, key, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # 6: bfloat16 misses the log-likelihood of a long answer by up to a nat; a CPU gains too little by it
-        dtype = dtype or (torch.bfloat16 if _half(torch.device(device)) else torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
-    except Exception as error:  # transformers raises a dozen kinds; whichever it is, the user needs the same sentence
-        raise BackboneError(
-            f"cannot open the language model {name!r} for training: {str(error).splitlines()[0]}; "
-            "give a folder with config.json, weights and tokenizer, or a hub name"
-        ) from error
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_CHAT
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    where = torch.device(device)
-    return OpenBase(model.to(where).eval().requires_grad_(False), tokenizer, Path(name).name, where)
-
-
-def start_adapter(base: OpenBase, settings: LoraSettings, random: torch.Generator) -> dict[str, Tensor]:
-    """A fresh adapter that changes nothing yet: B is 0, A is uniform as PEFT draws it.
-
-    Args:
-        base: The model it is for.
-        settings: Rank and targets.
-        random: Decides A.
-
-    Returns:
-        Float32 tensors on the CPU, by the names that PEFT gives them on disk.
-    """
-    pattern, tensors = re.compile(target_pattern(base.model, settings.lora_targets)), {}
-    for name, layer in base.model.named_modules():
-        if pattern.fullmatch(name):
-            bound = 1 / math.sqrt(layer.in_features)
-            down = torch.rand(settings.lora_rank, layer.in_features, generator=random)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = (2 * down - 1) * bound
-            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(layer.out_features, settings.lora_rank)
-    return tensors
 
 
 def encode(base: OpenBase, pairs: tuple[Pair, ...], max_tokens: int) -> list[Row]:
@@ -237,21 +132,6 @@ def implicit_margins(
     return settings.dpo_beta * torch.tensor(margins, dtype=torch.float32)
 
 
-@contextlib.contextmanager
-def worn(base: OpenBase, adapter: Mapping[str, Tensor], settings: LoraSettings) -> Iterator[None]:
-    """The base with an adapter on, for reading; taken off in the end."""
-    from peft import get_peft_model
-
-    try:
-        with old_names():
-            model = get_peft_model(base.model, lora_config(base, settings))
-            load_adapter(model, adapter)
-        model.eval()
-        yield
-    finally:
-        undress(base)
-
-
 def train_dpo(
     base: OpenBase, adapter: Mapping[str, Tensor], pairs: tuple[Pair, ...], settings: DPOSettings, seed: int
 ) -> tuple[dict[str, Tensor], Float[Tensor, " figures"]]:
@@ -306,26 +186,13 @@ def train_dpo(
             trainer.train()
             trained = {
                 name: tensor.detach().to("cpu", torch.float32, copy=True)
-                for name, tensor in _adapter_of(trainer.model).items()
+                for name, tensor in adapter_state(trainer.model).items()
             }
             log = next(line for line in reversed(trainer.state.log_history) if "rewards/margins" in line)
         keys = ("loss", "rewards/margins", "rewards/accuracies")
         return trained, torch.tensor([float(log[key]) for key in keys])
     finally:
         undress(base)
-
-
-def adapter_files(base: OpenBase, adapter: Mapping[str, Tensor], settings: LoraSettings, folder: Path) -> None:
-    """Write an ordinary PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``, each atomically.
-
-    The name of the base is noted, not its path: an adapter is shared, and a path tells of the machine it was made on.
-    """
-    config = lora_config(base, settings)
-    config.base_model_name_or_path, config.inference_mode = base.name, True
-    table = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in adapter.items()}
-    write_atomically(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / "adapter_config.json", (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
 
 
 @functools.lru_cache(maxsize=1)
@@ -377,7 +244,7 @@ def dpo_arguments(base: OpenBase, settings: DPOSteps, steps: int, seed: int, fol
     # a CPU gains nothing from several pairs at once: one at a time has less padding and needs a quarter of the memory
     together = 1 if base.device.type == "cpu" else settings.batch_pairs
     return quiet_arguments(base, steps, seed, folder) | {
-        "bf16": _half(base.device),  # 6: autocast; a base whose weights are bfloat16 needs none
+        "bf16": half(base.device),  # 6: autocast; a base whose weights are bfloat16 needs none
         "per_device_train_batch_size": together,
         "gradient_accumulation_steps": settings.batch_pairs // together,
         "learning_rate": settings.learning_rate,
@@ -432,83 +299,6 @@ def _encode(tokenizer: Any, pair: Pair, max_tokens: int) -> Row:
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _half(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def lora_config(base: OpenBase, settings: LoraSettings) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=target_pattern(base.model, settings.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-
-
-def target_pattern(model: Any, names: Sequence[str]) -> str:
-    """9: a pattern for the layers so named inside the language model, and nowhere else.
-
-    Raises:
-        ConfigError: It has no such layer.
-    """
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    layers = {name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
-    known = {name.rpartition(".")[2] for name in layers}
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(
-            f"lora_targets must name linear layers of the language model, got {unknown[0]!r}; it has "
-            f"{', '.join(sorted(known))}"
-        )
-    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
-
-
-def _adapter_of(model: Any) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    # left alone, PEFT would ask the hub whether the vocabulary has grown
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-def load_adapter(model: Any, adapter: Mapping[str, Tensor]) -> None:
-    from peft import set_peft_model_state_dict
-
-    wanted = {name: tuple(tensor.shape) for name, tensor in _adapter_of(model).items()}
-    got = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
-    if wanted != got:
-        odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-        raise MessageError(
-            f"the adapter must fit the language model and lora_rank, {odd[0]!r} does not: wanted {wanted.get(odd[0])}, "
-            f"got {got.get(odd[0])}; do server and clients run the same model and settings?"
-        )
-    set_peft_model_state_dict(model, dict(adapter))
-
-
-def undress(base: OpenBase) -> None:
-    """3 and 4: back to the bare model, whatever happened; its layers, and its ``forward``, are its own again."""
-    from peft.tuners.lora import LoraLayer
-
-    base.model.__dict__.pop("forward", None)
-    for parent in list(base.model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoraLayer):
-                setattr(parent, name, child.get_base_layer())
-    base.model.__dict__.pop("peft_config", None)
-    base.model.requires_grad_(False).eval()
-    base.model.zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def old_names() -> Iterator[None]:
-    """TRL 1.16 and PEFT 0.21 still use the name that transformers 5.23 gives up in 6; it is theirs to change."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-        yield
 
 
 @contextlib.contextmanager
