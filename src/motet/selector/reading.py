@@ -6,6 +6,7 @@ Out: the protocol of a backbone; batches, devices and number types; the name of 
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -170,3 +171,12 @@ def padded(rows: Sequence[list[int]], device: torch.device) -> Tensor:
 def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+def quiet_libraries() -> None:
+    """No bars, and no notes that only a developer of transformers could act on."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"gguf(\..*)?|transformers(\..*)?")
