@@ -1,0 +1,1 @@
+"""Trust: who may be hostile, and what they would do."""
