@@ -111,10 +111,14 @@ def _inlined(drawing: str, name: str, alt: str) -> str:
     drawing = opening + drawing[drawing.index(">") + 1 :]
     drawing = _short_ids(drawing.replace("xlink:href", "href"), name)
     drawing = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", drawing)
-    drawing = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), drawing)
+    drawing = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _shorter, tag[0]), drawing)  # not the words
     for stand_in, word in VARIABLES.items():
         drawing = drawing.replace(stand_in, f"var(--{word})")
     return re.sub(r"\n\s*", "\n", drawing).strip()
+
+
+def _shorter(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _short_ids(drawing: str, name: str) -> str:

@@ -82,14 +82,14 @@ def read_run(folder: Path) -> Run:
     Raises:
         RunError: There is no such folder, it has no ``config.toml``, or a file cannot be read as what it should be.
     """
-    settings = _settings(folder)
-    deal = _json(folder / "deal.json", list) or []
+    settings = settings_of(folder)
+    deal = read_json(folder / "deal.json", list) or []
     return Run(
         settings=settings,
-        rounds=_rounds(folder / "rounds.jsonl"),
+        rounds=read_rounds(folder / "rounds.jsonl"),
         deal=tuple({"client_id": place, **row} for place, row in enumerate(deal)),
-        evaluation=_json(folder / "evaluation.json", dict) or {},
-        summary=_json(folder / "summary.json", dict) or {},
+        evaluation=read_json(folder / "evaluation.json", dict) or {},
+        summary=read_json(folder / "summary.json", dict) or {},
         posteriors=_posteriors(folder / "posteriors.safetensors"),
     )
 
@@ -101,7 +101,12 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The tables of a run folder's ``config.toml``.
+
+    Raises:
+        RunError: There is no such folder or file, or it is not TOML.
+    """
     path = folder / "config.toml"
     if not path.is_file():
         what = "has no config.toml" if folder.is_dir() else "does not exist"
@@ -112,8 +117,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise _damaged(path, f"is not TOML: {error}") from None
 
 
-def _rounds(path: Path) -> tuple[Row, ...]:
-    """All whole lines; the last one may be cut off."""
+def read_rounds(path: Path) -> tuple[Row, ...]:
+    """All whole lines of a log in the order of their rounds; the last one may be cut off."""
     if not path.is_file():
         return ()
     lines = path.read_bytes().splitlines()
@@ -130,7 +135,8 @@ def _rounds(path: Path) -> tuple[Row, ...]:
     return tuple(rows[round] for round in sorted(rows))
 
 
-def _json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file that must be of this type; nothing where there is no file."""
     if not path.is_file():
         return None
     try:

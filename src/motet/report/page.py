@@ -41,12 +41,12 @@ def page(run: Run) -> str:
     sections = [
         _headline(run),
         _section("Results", _results(run)),
-        _section("Tastes", _pictures(latent_map(run, shades), assignment_map(run, shades))),
-        _section("Accuracy", _pictures(few_shot(run, shades), per_person(run, shades), calibration(run))),
-        _section("Training", _pictures(*curves(run, shades))),
-        _section("The deal", _said(run), _pictures(who_holds_what(run, shades))),
-        _section("Bytes", _ledger(run), _pictures(traffic(run))),
-        _section("Settings", _settings(run)),
+        _section("Tastes", side_by_side(latent_map(run, shades), assignment_map(run, shades))),
+        _section("Accuracy", side_by_side(few_shot(run, shades), per_person(run, shades), calibration(run))),
+        _section("Training", side_by_side(*curves(run, shades))),
+        _section("The deal", _said(run), side_by_side(who_holds_what(run, shades))),
+        _section("Bytes", _ledger(run), side_by_side(traffic(run))),
+        _section("Settings", all_settings(run.settings)),
         _section("Citation, and how to repeat this run", _repeat(run)),
     ]
     style = files("motet.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def _missing(run: Run) -> list[str]:
     absent = [(name, what) for name, what, there in lacks if not there]
     if not absent:
         return []
-    names, whats = (_listed(part) for part in zip(*absent, strict=True))
+    names, whats = (in_a_row(part) for part in zip(*absent, strict=True))
     return [f"The run is not finished: it has no {names} yet. Left out: {whats}."]
 
 
@@ -111,8 +111,9 @@ def _tasteless(run: Run) -> bool:
     return bool(run.summary) and run.summary.get("posterior_bytes", 0) is None
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def in_a_row(words: Sequence[str]) -> str:
+    """Words as a sentence names them: a, b and c."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _results(run: Run) -> str:
@@ -185,10 +186,10 @@ def _ledger(run: Run) -> str:
     )
 
 
-def _settings(run: Run) -> str:
+def all_settings(settings: Row) -> str:
     """All of config.toml, folded away."""
-    tables = {name: value for name, value in run.settings.items() if isinstance(value, dict)}
-    loose = {name: value for name, value in run.settings.items() if name not in tables}
+    tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    loose = {name: value for name, value in settings.items() if name not in tables}
     blocks = "".join(
         f"<h3>{escape(f'[{name}]' if name else 'general')}</h3><table>"
         + "".join(
@@ -220,7 +221,8 @@ def _repeat(run: Run) -> str:
     )
 
 
-def _pictures(*pictures: Picture | None) -> str:
+def side_by_side(*pictures: Picture | None) -> str:
+    """Pictures with their keys, those that there are."""
     there = [_figure(picture) for picture in pictures if picture is not None]
     return f'<div class="figures">{"".join(there)}</div>' if there else ""
 
