@@ -323,14 +323,14 @@ class _Writer:
     def _contents(self, question: Question, dice: Dice, client: str | None) -> list[_Made]:
         made = []
         for wrong in dice.shuffled(question.wrong):
-            style = self._style or dice.one(STYLES)
+            style = dice.one(STYLES) if self._style is None else self._style
             made.append(
                 _Made(_pair(question, getattr(question.right, style), getattr(wrong, style), client), "content")
             )
         return made
 
     def _styled(self, question: Question, client: str | None) -> _Made:
-        wanted = self._style or "terse"
+        wanted: Style = "terse" if self._style is None else self._style
         other = STYLES[1 - STYLES.index(wanted)]
         right = question.right
         return _Made(_pair(question, getattr(right, wanted), getattr(right, other), client), "style")

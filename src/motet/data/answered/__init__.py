@@ -1,0 +1,1 @@
+"""Real pictures with gold answers, a file a domain: each reads published files and makes questions of them."""
