@@ -4,14 +4,15 @@ In:  dialogues and answers.
 Out: one embedding an answer, its mean log-likelihood in nats per token and, where asked, for two answers the frozen
      model's own choice log-odds, averaged over both orders.
 
-Any causal language model of transformers by folder or hub name, GGUF files, and two models that install from the Python
-package index. Every answer gets a forward pass of its own in the chat template, so no answer can see its rival.
-BERT-like encoders give embeddings only, which is enough for a judge; one of them, MiniLM, installs as a package.
+Any causal or vision-language model of transformers by folder or hub name, GGUF files, and models that install from the
+Python package index; a file for each kind: ``causal``, ``vision``, ``encoder``. Every answer gets a forward pass of its
+own in the chat template, so no answer can see its rival.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from motet.errors import BackboneError
 from motet.records import generator
 from motet.selector.causal import COMPARISON, CausalBackbone
 from motet.selector.encoder import ENCODER_TYPES, EncoderBackbone
-from motet.selector.packaged import ENCODERS, PACKAGED, converted, packaged_encoder, packaged_gguf
+from motet.selector.eyes import EyesSettings, eyes, image_processor, lessons, pretrained_tower, register
+from motet.selector.packaged import CODE, ENCODERS, PACKAGED, converted, packaged_encoder, packaged_gguf
 from motet.selector.reading import (
     FORMAT,
     PLAIN_TEMPLATE,
@@ -36,6 +38,12 @@ from motet.selector.reading import (
     first_line,
     quiet_libraries,
 )
+from motet.selector.vision import PictureBackbone, VisionBackbone
+
+EYES, PICTURES = "eyes", "efficientnet-lite0"
+"""Names of the small vision-language model and of picture features."""
+PICTURE_PIXELS = 96
+"""Width and height to which picture features bring a picture."""
 
 __all__ = [
     "COMPARISON",
@@ -51,8 +59,10 @@ __all__ = [
     "Embedded",
     "EncoderBackbone",
     "Item",
+    "PictureBackbone",
     "PromptItem",
     "ToyBackbone",
+    "VisionBackbone",
     "batches",
     "find_device",
     "find_dtype",
@@ -111,6 +121,8 @@ def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
     quiet_libraries()
     if settings.model in ENCODERS:
         return _open_folder(settings, str(packaged_encoder(settings.model)))
+    if settings.model == PICTURES:
+        return PictureBackbone(settings, pretrained_tower(PICTURE_PIXELS), image_processor(PICTURE_PIXELS))
     return _open_folder(settings, model_folder(settings, cache))
 
 
@@ -118,13 +130,15 @@ def model_folder(settings: BackboneSettings, cache: Path) -> str:
     """Folder, or hub name, from which transformers opens the model; a packaged one or a GGUF file is unpacked first.
 
     Raises:
-        BackboneError: The model is not there, or it is ``toy`` or an encoder, which are no language models.
+        BackboneError: The model is not there, or it is no language model: ``toy``, an encoder, picture features.
     """
-    if settings.model == "toy" or settings.model in ENCODERS:
+    if settings.model in ("toy", PICTURES, *ENCODERS):
         raise BackboneError(
             f"model must be a language model to be trained or unpacked, got {settings.model!r}; "
             f"use {', '.join(sorted(PACKAGED))}, a folder or a hub name"
         )
+    if settings.model == EYES:
+        return str(eyes(cache, lessons(), EyesSettings(), 0))
     path = Path(settings.model).expanduser()
     if settings.model in PACKAGED:
         return str(converted(packaged_gguf(settings.model, cache), cache))
@@ -144,16 +158,20 @@ def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
 
     dtype = find_dtype(settings.dtype, find_device(settings.device))  # here: a wrong device is not the model's fault
     try:
+        register()
         config = AutoConfig.from_pretrained(folder)
+        if _sees(config):
+            return _open_vision(settings, folder, dtype)
         # a BERT can be a decoder, too; its config says so
         encoder = config.model_type in ENCODER_TYPES and not getattr(config, "is_decoder", False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises a dozen kinds; whichever it is, the user needs the same sentence
-        known = ", ".join(sorted({**PACKAGED, **ENCODERS}))
+        known = ", ".join(sorted({**PACKAGED, **ENCODERS, EYES: "", PICTURES: ""}))
         raise BackboneError(
             f"cannot open the language model {settings.model!r}: {first_line(error)}; use {known}, a folder with "
-            "config.json, weights and tokenizer, or a hub name that is reachable or already in the local hub cache"
+            f"config.json, weights and tokenizer, or a hub name that is reachable or already in the local hub cache"
+            f"{_advice(error)}"
         ) from error
     if encoder:
         return EncoderBackbone(settings, model, tokenizer, settings.model)
@@ -162,3 +180,31 @@ def _open_folder(settings: BackboneSettings, folder: str) -> Backbone:
             f"{settings.model}: no end token and no chat template; answers are read as bare text", stacklevel=2
         )
     return CausalBackbone(settings, model, tokenizer, settings.model)
+
+
+def _sees(config: Any) -> bool:
+    """Whether transformers knows the model as one that takes pictures and texts, and gives texts."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+
+
+def _open_vision(settings: BackboneSettings, folder: str, dtype: torch.dtype) -> VisionBackbone:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    if not hasattr(processor, "image_processor"):  # what is given where the real one cannot be made
+        raise ValueError(f"its processor takes no pictures, it is a {type(processor).__name__}")
+    return VisionBackbone(
+        settings, AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype), processor, settings.model
+    )
+
+
+def _advice(error: BaseException) -> str:
+    """What else would help, by what the error names."""
+    text = str(error)
+    if "torchvision" in text:
+        return "; its processor needs the package torchvision, in the build that belongs to the installed torch"
+    if "efficientnet_lite" in text:
+        return f"; its vision tower needs a package: pip install --no-deps {CODE[1]}"
+    return ""

@@ -25,6 +25,7 @@ from motet.selector.reading import (
     find_device,
     find_dtype,
     fingerprint,
+    head_is_plain,
     padded,
     shown_turns,
     vocabulary,
@@ -50,7 +51,7 @@ class CausalBackbone:
         self.layer = max(1, round(settings.depth * layers))
         self.decoder = self.model.get_decoder()
         self.fingerprint = self._fingerprint()
-        self.plain_head = self._head_is_plain()
+        self.plain_head = head_is_plain(self.model)
 
     def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[int], Embedded]]:
         """See :class:`Backbone`. Batches of similar length, padded on the right, within ``token_budget``."""
@@ -141,11 +142,3 @@ class CausalBackbone:
             self.tokenizer.chat_template or PLAIN_TEMPLATE, COMPARISON, str(self.dtype), self.layer,
             s.embedding_pooling, s.dialogue, s.max_prompt_tokens, s.max_answer_tokens,
         )  # fmt: skip
-
-    def _head_is_plain(self) -> bool:
-        """Whether the output layer on the last hidden state gives the model's logits (some scale or cap them)."""
-        probe = torch.arange(2, 8, device=self.device).unsqueeze(0)
-        with torch.inference_mode():
-            whole = self.model(input_ids=probe, use_cache=False).logits.float()
-            state = self.decoder(input_ids=probe, output_hidden_states=True, use_cache=False).hidden_states[-1]
-            return torch.allclose(self.model.get_output_embeddings()(state).float(), whole, atol=0.05, rtol=0.02)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from motet.config import Section
+from motet.data.drawn import DRAWN, drawn
 from motet.data.questions import Question
 from motet.errors import BackboneError
 from motet.selector.packaged import CODE, WEIGHTS, packaged_weights
@@ -31,6 +32,9 @@ from motet.selector.packaged import CODE, WEIGHTS, packaged_weights
 FORMAT = 1
 """Part of the name of every built model; raised whenever the same settings and questions make another one."""
 SPECIALS = ("<pad>", "<unknown>", "<begin>", "<end>", "<system>", "<user>", "<assistant>", "<image>")
+LESSONS = 6000
+"""Drawn questions of each domain that the model named ``eyes`` is taught."""
+LESSON_SEED = 7_000_003
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -134,6 +138,11 @@ def eyes(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def lessons() -> list[Question]:
+    """What the model named ``eyes`` is taught: the drawn domains, from a seed that no run deals."""
+    return [question for domain in DRAWN for question in drawn(domain, LESSONS, LESSON_SEED)]
 
 
 def image_processor(pixels: int) -> Any:

@@ -228,8 +228,7 @@ def _features(model: Any, processor: Any, pictures: Sequence[Image]) -> Tensor:
         shown = [picture.pil() for picture in pictures[start : start + 16]]
         pixels = processor.image_processor(shown, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            rows.append(model.model.vision_tower(pixels).last_hidden_state.half())
-    model.model.vision_tower.seen.clear()
+            rows.append(model.model.vision_tower.features(pixels).half())
     return torch.cat([*rows, torch.zeros_like(rows[0][:1])]).clone()
 
 

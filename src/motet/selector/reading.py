@@ -38,8 +38,9 @@ class BackboneSettings(Section):
     """Which frozen model reads the answers, and how."""
 
     model: str = "smollm2"
-    """``smollm2``, ``gemma3-270m``, ``minilm`` (an encoder: embeddings only), ``toy`` (words only, for tests), a
-    folder, a .gguf file, or a hub name."""
+    """``smollm2``, ``gemma3-270m``, ``minilm`` (an encoder: embeddings only), ``eyes`` (a small vision-language model,
+    made at first use), ``efficientnet-lite0`` (pictures and words, no language model), ``toy`` (words only, for
+    tests), a folder, a .gguf file, or a hub name; folders and names of vision-language models, too."""
     depth: float = Field(0.87, gt=0, le=1)
     """Which hidden layer is read, as a share of all layers; 1 is the last (paper). Late middle layers say most."""
     embedding_pooling: Literal["last", "mean"] = "mean"
@@ -120,6 +121,15 @@ def fingerprint(model: Any, *parts: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(repr(parts).encode())
     return digest.hexdigest()[:24]
+
+
+def head_is_plain(model: Any) -> bool:
+    """Whether the output layer on the last hidden state gives the model's logits (some scale or cap them)."""
+    probe = torch.arange(2, 8, device=model.device).unsqueeze(0)
+    with torch.inference_mode():
+        out = model(input_ids=probe, output_hidden_states=True, use_cache=False)
+        again = model.get_output_embeddings()(out.hidden_states[-1])
+    return torch.allclose(again.float(), out.logits.float(), atol=0.05, rtol=0.02)
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
