@@ -1,6 +1,7 @@
 """GRPO on the server: a taste-gated policy answers, is told how good its answers are at each taste, and learns.
 
-In:  a frozen base, an adapter to start from, prompts, tastes, a reward, a way to look at the policy between steps.
+In:  a frozen base, an adapter to start from, prompts and their pictures, tastes, a reward, a way to look at the policy
+     between steps.
 Out: the adapter that looked best within its KL budget, and a log of every look, see ``stretches``.
 
 Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300). In a step some groups are asked: a prompt and a taste, and several
@@ -10,17 +11,19 @@ answers to them. An answer's advantage is its reward against its group's:
     w = p / p_old,  q = p_base / p,
     J = mean_i mean_t [ min(w A_i, clip(w, 1 - e, 1 + e) A_i) - b (q - log q - 1) ]                           (E22)
 
-TRL's ``GRPOTrainer`` does the steps, told to do them as published. We differ in four ways:
-1. each group has a taste, which its answers are drawn at, scored at and judged by;
+TRL's ``GRPOTrainer`` does the steps, told to do them as published. We differ in five ways:
+1. each group has a taste, which its answers are drawn at, scored at and judged by, and perhaps a picture;
 2. answers are drawn as everywhere in this house (``sampling``), from random numbers named by the step;
 3. p is the policy at the sampling temperature, as answers are drawn from it; a ``top_p`` below 1 is not in it;
-4. one step on each set of answers, so p_old is p, w is 1, and nothing is ever clipped.
+4. one step on each set of answers, so p_old is p, w is 1, and nothing is ever clipped;
+5. where asked (``drop_flat_groups``), groups whose answers all got the same reward leave J, their divergence too.
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,8 +32,10 @@ from torch import Tensor
 
 from motet.alignment.lora import lora_config
 from motet.alignment.opened import OpenBase
+from motet.alignment.pictures import shown_beside
 from motet.alignment.policy import TasteAdapter, Worn
 from motet.alignment.sampling import SamplingSettings, prompt_ids, sample
+from motet.alignment.scored import Group, Scored, StepLog, logging_steps
 from motet.alignment.stretches import (
     Look,
     PolicySettings,
@@ -43,7 +48,8 @@ from motet.alignment.stretches import (
 )
 from motet.alignment.trainers import quiet_arguments, trl_grpo
 from motet.config import Section
-from motet.records import Turn, generator
+from motet.errors import ConfigError
+from motet.records import Image, Turn, generator
 from motet.selector.reward import RewardModel
 
 Prompt = tuple[Turn, ...]
@@ -70,6 +76,9 @@ class GRPOOnTastes(Section):
     """Epsilon of the clipped ratio; without effect while each answer is used for one step only."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What an advantage is divided by: the standard deviation of its group (DeepSeekMath), or of the step, or 1."""
+    drop_flat_groups: bool = False
+    """Leave groups whose answers all got the same reward out of the loss, their divergence from the base too: it is a
+    mean over the other answers, and a step without any changes nothing. No, as published, keeps their divergence."""
     answers_per_pass: int = Field(8, ge=1)
     """Most answers in one pass with gradients; fewer need less memory and give the same step."""
 
@@ -89,13 +98,6 @@ groups whose answers all got the same reward: nothing is learnt from them."""
 ADVICE = "lower grpo_learning_rate or raise grpo_kl_weight"
 
 
-class Group(NamedTuple):
-    """What the answers of one group have in common."""
-
-    prompt: Prompt
-    taste: Float[Tensor, " latent"]
-
-
 def train_policy_grpo(
     base: OpenBase,
     start: TasteAdapter,
@@ -110,6 +112,8 @@ def train_policy_grpo(
     checkpoint: Path,
     identity: str,
     watch: Watch | None = None,
+    images: Sequence[Image | None] | None = None,
+    step_log: StepLog | None = None,
 ) -> Trained:
     """Train, look every so often, keep the best.
 
@@ -127,6 +131,11 @@ def train_policy_grpo(
         checkpoint: A file; one that is there and of the same identity is gone on from.
         identity: Names all that the training depends on.
         watch: Told after each step: (step, figures).
+        images: What each prompt is about; the reward is shown it, and so is the policy, where the base sees at all.
+        step_log: Told after each step: its number from 1, and its figures, see ``scored.logging_steps``. What
+            ``reward.statistics()`` says after the step's scoring, where it has one, is among them. Steps after the last
+            look are done again when an interrupted training goes on, and told again: with the same figures, but for
+            the seconds.
 
     Returns:
         The best; its log has the means in ``LOGGED``.
@@ -135,7 +144,7 @@ def train_policy_grpo(
         KeyboardInterrupt: On Ctrl-C, with a sentence; the checkpoint holds everything up to the last look.
         RunError: The policy ran away.
     """
-    groups = plan(prompts, tastes, settings, seed)
+    groups = plan(prompts, tastes, settings, seed, images)
 
     def build(state: State, steps: int, folder: str) -> Any:
         now = groups[state.step * settings.groups_per_step : (state.step + steps) * settings.groups_per_step]
@@ -143,6 +152,8 @@ def train_policy_grpo(
 
     def fit(trainer: Any, worn: Worn) -> None:
         trainer.worn = worn
+        if step_log is not None:
+            trainer.add_callback(logging_steps(trainer, trainer.first, step_log))
 
     training = Training(
         settings.grpo_steps, settings.grpo_learning_rate, settings.grpo_warmup_steps, build, fit,
@@ -153,7 +164,11 @@ def train_policy_grpo(
 
 
 def plan(
-    prompts: Sequence[Prompt], tastes: Float[Tensor, "prototypes latent"], settings: GRPOOnTastes, seed: int
+    prompts: Sequence[Prompt],
+    tastes: Float[Tensor, "prototypes latent"],
+    settings: GRPOOnTastes,
+    seed: int,
+    images: Sequence[Image | None] | None = None,
 ) -> list[Group]:
     """Which group comes when: epoch after epoch, each in an order of its own.
 
@@ -161,6 +176,11 @@ def plan(
     """
     known = [*tastes] if len(tastes) else [tastes.new_zeros(0)]
     kinds = len(known) + (settings.group_mixtures if len(tastes) > 1 else 0)
+    shown = [None] * len(prompts) if images is None else list(images)
+    if len(shown) != len(prompts):
+        raise ConfigError(
+            f"images must be one a prompt, got {len(shown)} for {len(prompts)}; say None where there is none"
+        )
     wanted, epoch = settings.grpo_steps * settings.groups_per_step, 0
     found: list[Group] = []
     while len(found) < wanted:
@@ -172,7 +192,7 @@ def plan(
             else:
                 shares = -torch.log(1 - torch.rand(len(tastes), generator=draw))  # exponentials over their sum
                 taste = (shares / shares.sum()) @ tastes
-            found.append(Group(prompts[prompt], taste))
+            found.append(Group(prompts[prompt], taste, shown[prompt]))
         epoch += 1
     return found[:wanted]
 
@@ -237,49 +257,33 @@ def _build(
     from datasets import Dataset
 
     trainer_class, config_class = _on_tastes()
+    scored = Scored(base, reward, groups, settings.group_size)
     draw = int(torch.randint(2**31, (), generator=generator(seed, "stretch", state.step)))
     trainer = trainer_class(
         model=base.model,
-        reward_funcs=_rewarding(base, reward, settings.group_size),
+        reward_funcs=scored,
         args=config_class(**grpo_arguments(base, settings, sampling, steps, draw, folder)),
         train_dataset=Dataset.from_dict(
             {
                 "prompt": [[turn._asdict() for turn in group.prompt] for group in groups],
-                "taste": [group.taste.tolist() for group in groups],
+                "group": list(range(len(groups))),
             }
         ),
         processing_class=base.tokenizer,
         peft_config=lora_config(base, state.adapter.settings),
     )
     trainer.base, trainer.sampling, trainer.seed, trainer.first = base, sampling, seed, state.step
+    trainer.groups, trainer.scored, trainer.drop_flat = groups, scored, settings.drop_flat_groups
     return trainer
-
-
-def _rewarding(base: OpenBase, reward: RewardModel, size: int) -> Callable[..., list[float]]:
-    """The reward as TRL calls it: all answers of a step at once, group after group, each row with its taste."""
-
-    def score(prompts: list[Any], completion_ids: list[list[int]], taste: list[list[float]], **_: Any) -> list[float]:
-        asked = [_turns(prompt) for prompt in prompts]
-        texts = [base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completion_ids]
-        if reward.name == "vote":  # an answer's votes are against the others of its call
-            calls = [slice(first, first + size) for first in range(0, len(texts), size)]
-            return torch.cat([reward.score(asked[call], texts[call]) for call in calls]).tolist()
-        tastes = torch.tensor(taste)
-        return reward.score(asked, texts, taste=tastes if tastes.shape[1] else None).tolist()
-
-    return score
-
-
-def _turns(messages: Sequence[Any]) -> Prompt:
-    return tuple(Turn(message["role"], message["content"]) for message in messages)
 
 
 @functools.lru_cache(maxsize=1)
 def _on_tastes() -> tuple[Any, Any]:
-    """The guarded trainer, which draws and scores each answer at its taste.
+    """The guarded trainer, which draws and scores each answer at its taste, by its picture.
 
-    TRL shuffles the answers of a step and cuts them into passes. So the tastes travel with the answers, as one more
-    tensor of the batch, and the dial is turned inside the one method through which every scoring goes.
+    TRL shuffles the answers of a step and cuts them into passes. So the number of its group travels with each answer,
+    as one more tensor of the batch, and the dial is turned inside the one method through which every scoring goes.
+    What is shown is added there too: so no pass has a picture too many, however a processor lays them out.
     """
     trainer_class, config_class = trl_grpo()
 
@@ -290,28 +294,56 @@ def _on_tastes() -> tuple[Any, Any]:
         seed: int
         first: int
         """Steps before this stretch."""
-        asked: list[Prompt]
-        tastes: Tensor
-        """Of the rows that are drawn or scored at the moment."""
+        groups: Sequence[Group]
+        """Of this stretch."""
+        scored: Scored
+        drop_flat: bool
+        rows: list[Group]
+        """Group of each row that is drawn or scored at the moment."""
+        share = 1.0
+        """Of the step's answers that are in the loss."""
+        drawing_seconds = 0.0
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            self.asked = [_turns(row["prompt"]) for row in inputs]
-            self.tastes = tastes = torch.tensor([row["taste"] for row in inputs], device=self.accelerator.device)
-            return {**super()._generate_and_score_completions(inputs), "taste": tastes}
+            numbers = [row["group"] for row in inputs]
+            self.rows = [self.groups[number] for number in numbers]
+            found = super()._generate_and_score_completions(inputs)
+            device, kept = self.accelerator.device, self.scored.kept()
+            if self.drop_flat:
+                self.share = float(kept.float().mean())
+                found["kept"] = kept.to(device)
+            return {**found, "taste": self._tastes(self.rows), "group": torch.tensor(numbers, device=device)}
 
         def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-            return [prompt_ids(self.base, prompt, self.sampling.max_prompt_tokens) for prompt in self.asked], None, {}
+            most = self.sampling.max_prompt_tokens
+            return [prompt_ids(self.base, row.prompt, most, self._seen(row)) for row in self.rows], None, {}
 
         def _generate_single_turn(self, *_: Any, **__: Any) -> Any:
-            step = self.first + self.state.global_step
+            started, step = time.perf_counter(), self.first + self.state.global_step
             check_finite(self.worn.adapter(), step + 1, ADVICE)  # before torch is asked to draw from no distribution
-            names = ("group", step)
-            drawn = sample(self.base, self.asked, self.sampling, self.seed, *names, worn=self.worn, tastes=self.tastes)
+            asked, images = [row.prompt for row in self.rows], [self._seen(row) for row in self.rows]
+            more: dict[str, Any] = {"images": images} if any(image is not None for image in images) else {}
+            drawn = sample(
+                self.base, asked, self.sampling, self.seed, "group", step,
+                worn=self.worn, tastes=self._tastes(self.rows), **more,
+            )  # fmt: skip
+            self.drawing_seconds = time.perf_counter() - started
             return [list(answer.tokens) for answer in drawn], None
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-            self.tastes = inputs["taste"]
-            return super()._compute_loss(model, inputs)
+            """A mean over the answers of the pass; where flat groups leave, over those that stay, by their number."""
+            kept = inputs.get("kept")
+            weight = 1.0
+            if kept is not None:
+                if not bool(kept.any()):
+                    return torch.zeros((), device=kept.device, requires_grad=True)  # reaches no weight at all
+                weight = float(kept.float().mean()) / self.share
+                inputs = {
+                    name: value[kept] if isinstance(value, Tensor) and value.ndim else value
+                    for name, value in inputs.items()
+                }
+            self.rows = [self.groups[number] for number in inputs["group"].tolist()]
+            return weight * super()._compute_loss(model, inputs)
 
         def _get_per_token_logps_and_entropies(
             self,
@@ -322,14 +354,25 @@ def _on_tastes() -> tuple[Any, Any]:
             batch_size: int | None = None,
             **more: Any,
         ) -> Any:
-            """In passes of our own, so that each has the tastes of its rows, whoever asks."""
+            """In passes of our own, so that each has the tastes and the pictures of its rows, whoever asks."""
             size, logps, entropies = batch_size or len(input_ids), [], []
-            rows = [torch.split(part, size) for part in (input_ids, attention_mask, self.tastes)]
-            for ids, mask, tastes in zip(*rows, strict=True):
-                self.worn.dial.turn(tastes)
-                logp, entropy, _ = super()._get_per_token_logps_and_entropies(model, ids, mask, logits_to_keep, **more)
+            for first in range(0, len(input_ids), size):
+                part = slice(first, first + size)
+                rows = self.rows[part]
+                self.worn.dial.turn(self._tastes(rows))
+                shown = shown_beside(self.base, [row.prompt for row in rows], [self._seen(row) for row in rows])
+                logp, entropy, _ = super()._get_per_token_logps_and_entropies(
+                    functools.partial(model, **shown), input_ids[part], attention_mask[part], logits_to_keep, **more
+                )
                 logps.append(logp)
                 entropies.append(entropy)
             return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies), None
+
+        def _tastes(self, rows: Sequence[Group]) -> Tensor:
+            return torch.stack([row.taste for row in rows]).to(self.accelerator.device)
+
+        def _seen(self, row: Group) -> Image | None:
+            """A text model is asked without the picture."""
+            return row.image if self.base.processor is not None else None
 
     return OnTastes, config_class

@@ -35,7 +35,8 @@ class LoraSettings(Section):
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Share of an adapter's inputs dropped in training; the model itself drops nothing (paper: 0.05)."""
     lora_targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    """Names of the linear layers that get an update, in the language model only, never in a vision tower."""
+    """Names of the linear layers that get an update, in the language model only, never in a vision tower. A layer
+    outside is named with what it is part of: ``multi_modal_projector.linear_1``."""
 
 
 def start_adapter(base: OpenBase, settings: LoraSettings, random: torch.Generator) -> dict[str, Tensor]:
@@ -103,19 +104,34 @@ def lora_config(base: OpenBase, settings: LoraSettings) -> Any:
 def target_pattern(model: Any, names: Sequence[str]) -> str:
     """9: a pattern for the layers so named inside the language model, and nowhere else.
 
+    A name with a dot in it that no layer of the language model ends with names a layer outside, e.g. of a projector.
+
     Raises:
         ConfigError: It has no such layer.
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     layers = {name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
-    known = {name.rpartition(".")[2] for name in layers}
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(
-            f"lora_targets must name linear layers of the language model, got {unknown[0]!r}; it has "
-            f"{', '.join(sorted(known))}"
-        )
-    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    outside = {name for name in linear if not name.startswith(f"{prefix}.")}
+    inner, outer = [], []
+    for name in names:
+        if any(_ends(layer, name) for layer in layers):
+            inner.append(re.escape(name))
+        elif "." in name and any(_ends(layer, name) for layer in outside):
+            outer.append(re.escape(name))
+        else:
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise ConfigError(
+                f"lora_targets must name linear layers of the language model, got {name!r}; it has {known}"
+            )
+    ways = [rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(inner)})"] if inner else []
+    ways += [rf"(?!{re.escape(prefix)}\.)(?:.*\.)?(?:{'|'.join(outer)})"] if outer else []
+    return "|".join(ways)
+
+
+def _ends(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

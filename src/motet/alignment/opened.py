@@ -1,12 +1,14 @@
 """Opened: a language model in memory, which whoever borrows it gives back as it was.
 
 In:  a folder as transformers saves them, or a hub name.
-Out: the model, frozen, its own dropout off; its tokenizer; what was computed with it and never changes.
+Out: the model, frozen, its own dropout off; its tokenizer, and its processor where it sees; what was computed with it
+     and never changes.
 
 Numbers in comments are those of the traps in ``trainers``.
 """
 
 import functools
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +17,20 @@ import torch
 
 from motet.errors import BackboneError
 from motet.records import Pair
+from motet.selector.eyes import register
 
 # for models without a chat template; the marks end where a token of the answer can begin
 PLAIN_CHAT = (
     "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ 'Assistant: ' + message['content'] + (eos_token or '') + '\n' }}{% else %}"
     "{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+# the same where a message is a list of parts
+PLAIN_PARTS = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].capitalize() + ':' }}"
+    "{% for part in message['content'] %}{{ 'PICTURE' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
+    "{{ (eos_token or '') + '\n' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
@@ -45,6 +55,10 @@ class OpenBase:
     tokenizer: Any
     name: str
     device: torch.device
+    processor: Any = None
+    """Of a model that sees pictures; its tokenizer is the model's."""
+    seen: dict[Any, Any] = field(default_factory=dict)
+    """Dialogues about pictures as the model reads them, see ``pictures``."""
     rows: dict[tuple[tuple[Pair, ...], int], list[Row]] = field(default_factory=dict)
     """Tokens of pairs seen before, by pairs and ``max_tokens``."""
     likelihoods: dict[tuple[Answer, ...], dict[Answer, float]] = field(default_factory=dict)
@@ -63,21 +77,26 @@ def open_base(name: str, device: str, dtype: torch.dtype | None = None) -> OpenB
     Raises:
         BackboneError: It cannot be opened.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
+        register()  # the eyes of this house
         config = AutoConfig.from_pretrained(name)
+        seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         # 10: the model's own dropout is switched off here, so that it need not be in the trainer
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for part in {id(c): c for c in (config, config.get_text_config(), *_inner(config))}.values():
             for key, value in part.to_dict().items():
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name) if seeing else None
+        tokenizer = processor.tokenizer if processor is not None else AutoTokenizer.from_pretrained(name)
         # 6: bfloat16 misses the log-likelihood of a long answer by up to a nat; a CPU gains too little by it
         dtype = dtype or (torch.bfloat16 if half(torch.device(device)) else torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+        kind = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+        model = kind.from_pretrained(name, config=config, dtype=dtype)
     except Exception as error:  # transformers raises a dozen kinds; whichever it is, the user needs the same sentence
         raise BackboneError(
             f"cannot open the language model {name!r} for training: {str(error).splitlines()[0]}; "
@@ -85,10 +104,27 @@ def open_base(name: str, device: str, dtype: torch.dtype | None = None) -> OpenB
         ) from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT
+    if processor is not None and not processor.chat_template:
+        processor.chat_template = PLAIN_PARTS.replace("PICTURE", processor.image_token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     where = torch.device(device)
-    return OpenBase(model.to(where).eval().requires_grad_(False), tokenizer, Path(name).name, where)
+    _keep_statistics(model)
+    return OpenBase(model.to(where).eval().requires_grad_(False), tokenizer, Path(name).name, where, processor)
+
+
+def _inner(config: Any) -> list[Any]:
+    """The settings of a model's parts: of its eyes, too."""
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return [part for part in parts if part is not None]
+
+
+def _keep_statistics(model: torch.nn.Module) -> None:
+    """A trainer puts the whole model into training; a frozen batch norm would go on gathering statistics there."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.train = types.MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
 
 
 def half(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from motet.alignment.lora import LoraSettings, lora_config, old_names, target_pattern, undress
 from motet.alignment.opened import OpenBase
-from motet.errors import MessageError
+from motet.errors import ConfigError, MessageError
 
 PREFIX = "base_model.model."
 """What PEFT puts before a layer's name on disk."""
@@ -89,8 +89,12 @@ def start_policy(
         settings: Rank and targets.
         prototypes: Tastes that shall differ from the start; no rows where the policy is to know no taste.
         random: Decides ``down``.
+
+    Raises:
+        ConfigError: It is to know tastes, and to change a layer outside the language model.
     """
     pattern = re.compile(target_pattern(base.model, settings.lora_targets))
+    inside = next(name for name, module in base.model.named_modules() if module is base.model.get_decoder()) + "."
     count, latent = prototypes.shape if len(prototypes) else (0, 0)
     scale = (float(prototypes.norm(dim=1).mean()) if count else 0.0) or 1.0  # all tastes may be 0
     opened = torch.zeros(settings.lora_rank, latent)
@@ -101,6 +105,11 @@ def start_policy(
     down, up, gates = {}, {}, {}
     for name, layer in base.model.named_modules():
         if pattern.fullmatch(name):
+            if count and not name.startswith(inside):
+                raise ConfigError(
+                    f"a policy that knows tastes has gates in the language model only, got {name!r} in lora_targets; "
+                    "leave it out"
+                )
             bound = 1 / math.sqrt(layer.in_features)
             down[name] = (2 * torch.rand(settings.lora_rank, layer.in_features, generator=random) - 1) * bound
             up[name] = torch.zeros(layer.out_features, settings.lora_rank)

@@ -1,6 +1,6 @@
 """Sampling: answers of a language model to prompts, each at a taste of its own, in batches.
 
-In:  an opened language model, bare or wearing a policy; prompts; tastes.
+In:  an opened language model, bare or wearing a policy; prompts, with their pictures; tastes.
 Out: texts and their tokens; how far they are from the base, in nats.
 
 Each batch draws from a generator of its own name, so an interrupted sampling goes on to the same answers.
@@ -20,10 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from motet.alignment.opened import OpenBase
+from motet.alignment.pictures import cut, picture_token, read, shown_beside
 from motet.alignment.policy import Worn
 from motet.alignment.trainers import own_randomness
 from motet.config import Section, write_atomically
-from motet.records import Turn, generator
+from motet.records import Image, Turn, generator
 from motet.selector.backbone import batches
 
 Prompt = tuple[Turn, ...]
@@ -35,7 +36,7 @@ class SamplingSettings(Section):
     max_new_tokens: int = Field(48, ge=1)
     """Most tokens of an answer; longer ones are cut there."""
     max_prompt_tokens: int = Field(256, ge=8)
-    """Longer prompts lose their beginning."""
+    """Longer prompts lose their beginning; the tokens of a picture are not counted and stay."""
     sampling_temperature: float = Field(0.7, gt=0)
     """Below 1 the likely words become likelier (paper: 0.7)."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -70,6 +71,8 @@ def sample(
     worn: Worn | None = None,
     tastes: Float[Tensor, "prompts latent"] | None = None,
     watch: Callable[[int, int], None] | None = None,
+    images: Sequence[Image | None] | None = None,
+    greedy: bool = False,
 ) -> list[Answer]:
     """One answer to each prompt, in their order.
 
@@ -82,10 +85,18 @@ def sample(
         worn: The policy that the model wears; left out, the model is asked as it stands.
         tastes: One a prompt; left out, taste 0.
         watch: Told (answers done, answers in all).
+        images: One a prompt, for a model that sees; ``None`` for a prompt that is about none.
+        greedy: Always the likeliest token: the temperature, ``top_p`` and the seed are without effect.
+
+    Raises:
+        ConfigError: A picture for a model that sees none.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     done = 0
-    for rows, drawn in sampled(base, prompts, settings, seed, *names, worn=worn, tastes=tastes):
+    batch_by_batch = sampled(
+        base, prompts, settings, seed, *names, worn=worn, tastes=tastes, images=images, greedy=greedy
+    )
+    for rows, drawn in batch_by_batch:
         for row, answer in zip(rows, drawn, strict=True):
             answers[row] = answer
         done += len(rows)
@@ -103,9 +114,13 @@ def sampled(
     worn: Worn | None = None,
     tastes: Float[Tensor, "prompts latent"] | None = None,
     skip: int = 0,
+    images: Sequence[Image | None] | None = None,
+    greedy: bool = False,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
     """Batch after batch: which prompts, and their answers. ``skip`` leaves out batches that are known already."""
-    ids = [prompt_ids(base, prompt, settings.max_prompt_tokens) for prompt in prompts]
+    pictures = [None] * len(prompts) if images is None else images
+    asked = zip(prompts, pictures, strict=True)
+    ids = [prompt_ids(base, prompt, settings.max_prompt_tokens, image) for prompt, image in asked]
     lengths = [len(row) + settings.max_new_tokens for row in ids]
     budget = settings.batch_rows * max(lengths, default=1)
     for number, rows in enumerate(_even(lengths, settings.batch_rows, budget)):
@@ -114,7 +129,11 @@ def sampled(
         draw = int(torch.randint(2**31, (), generator=generator(seed, *names, "batch", number)))
         if worn is not None:
             worn.dial.turn(None if tastes is None else tastes[rows].to(base.device))
-        yield rows, _generate(base, worn, [ids[row] for row in rows], settings, draw)
+        shown = shown_beside(base, [prompts[row] for row in rows], [pictures[row] for row in rows])
+        yield (
+            rows,
+            _generate(base, worn, [ids[row] for row in rows], shown, generation_settings(base, settings, greedy), draw),
+        )
 
 
 def sample_through(
@@ -127,14 +146,20 @@ def sample_through(
     worn: Worn | None = None,
     tastes: Float[Tensor, "prompts latent"] | None = None,
     watch: Callable[[int, int], None] | None = None,
+    images: Sequence[Image | None] | None = None,
+    greedy: bool = False,
 ) -> list[Answer]:
     """The same as :func:`sample`, kept on disk batch by batch: asked again, or after a Ctrl-C, it goes on from there.
 
-    The name of the file is everything that decides an answer: weights, adapter, tastes, prompts, settings, seed.
+    The name of the file is everything that decides an answer: weights, adapter, tastes, prompts, pictures, settings,
+    seed.
     """
     adapter = None if worn is None else hashlib.sha256(worn.adapter().packed()).hexdigest()
     shown = [None if tastes is None else tastes.tolist(), [list(map(list, prompt)) for prompt in prompts]]
+    if images is not None and any(image is not None for image in images):
+        shown.append([None if image is None else image.digest for image in images])
     parts = [weights_key(base), adapter, settings.model_dump(mode="json"), seed, list(names), shown]
+    parts += ["greedy"] if greedy else []
     path = cache / "answers" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.jsonl"
     found: list[Answer | None] = [None] * len(prompts)
     lines = {line["batch"]: line for line in _whole_lines(path)}  # two at work at once may draw a batch twice
@@ -144,7 +169,9 @@ def sample_through(
         for row, text, tokens in zip(line["rows"], line["texts"], line["tokens"], strict=True):
             found[row] = Answer(text, tuple(tokens))
     path.parent.mkdir(parents=True, exist_ok=True)
-    going_on = sampled(base, prompts, settings, seed, *names, worn=worn, tastes=tastes, skip=known)
+    going_on = sampled(
+        base, prompts, settings, seed, *names, worn=worn, tastes=tastes, skip=known, images=images, greedy=greedy
+    )
     for number, (rows, drawn) in enumerate(going_on, start=known):
         line = {
             "batch": number,
@@ -177,7 +204,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=2)
 def weights_key(base: OpenBase) -> str:
-    """A name for what decides a base's answers: its weights, their type, its tokenizer and template.
+    """A name for what decides a base's answers: its weights, their type, its tokenizer and template, its processor.
 
     Kept for the last two bases, for their weights are frozen, and each taste of each sampling asks.
     """
@@ -187,6 +214,8 @@ def weights_key(base: OpenBase) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(f"{base.tokenizer.chat_template}{len(base.tokenizer)}".encode())
+    if base.processor is not None:
+        digest.update(f"{base.processor.chat_template}{base.processor.image_processor.to_json_string()}".encode())
     return digest.hexdigest()[:24]
 
 
@@ -197,11 +226,9 @@ def _even(lengths: Sequence[int], rows: int, budget: int) -> Iterator[list[int]]
             yield batch[start : start + rows]
 
 
-def prompt_ids(base: OpenBase, prompt: Prompt, most: int) -> list[int]:
+def prompt_ids(base: OpenBase, prompt: Prompt, most: int, image: Image | None = None) -> list[int]:
     """A prompt through the chat template, up to where the answer begins."""
-    messages = [turn._asdict() for turn in prompt]
-    found = base.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-    return list(found["input_ids"])[-most:]
+    return cut(base, read(base, prompt, image).tokens, most)
 
 
 def end_tokens(base: OpenBase) -> list[int]:
@@ -211,35 +238,41 @@ def end_tokens(base: OpenBase) -> list[int]:
     return sorted({token for token in (base.tokenizer.eos_token_id, *more) if token is not None})
 
 
-def generation_settings(base: OpenBase, settings: SamplingSettings) -> Any:
-    """Everything that decides a draw is said; of what a model brings along only its end tokens are used."""
+def generation_settings(base: OpenBase, settings: SamplingSettings, greedy: bool = False) -> Any:
+    """Everything that decides a draw is said; of what a model brings along only its end tokens are used.
+
+    A picture's token is never drawn: the model would have no picture to put there.
+    """
     from transformers import GenerationConfig
 
+    how = (
+        {"do_sample": False}
+        if greedy
+        else {"do_sample": True, "temperature": settings.sampling_temperature, "top_k": 0, "top_p": settings.top_p}
+    )
     return GenerationConfig(
-        do_sample=True,
-        temperature=settings.sampling_temperature,
-        top_k=0,
-        top_p=settings.top_p,
+        **how,
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=end_tokens(base),
         pad_token_id=base.tokenizer.pad_token_id,
         bos_token_id=base.tokenizer.bos_token_id,
+        suppress_tokens=None if base.processor is None else [picture_token(base)],
     )
 
 
 def _generate(
-    base: OpenBase, worn: Worn | None, rows: Sequence[list[int]], settings: SamplingSettings, seed: int
+    base: OpenBase, worn: Worn | None, rows: Sequence[list[int]], shown: dict[str, Any], wanted: Any, seed: int
 ) -> list[Answer]:
     model = base.model if worn is None else worn.model
     width, pad = max(map(len, rows)), base.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=base.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
-    training, wanted = model.training, generation_settings(base, settings)
+    training = model.training
     model.eval()
     try:
         with own_randomness(), torch.no_grad(), _no_habits(base.model, model):
             torch.manual_seed(seed)
-            drawn = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
+            drawn = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted, **shown)
     finally:
         model.train(training)
     return [_answer(base, row) for row in drawn[:, width:].tolist()]
@@ -274,6 +307,7 @@ def distance(
     worn: Worn | None = None,
     tastes: Float[Tensor, "prompts latent"] | None = None,
     token_budget: int = 2048,
+    images: Sequence[Image | None] | None = None,
 ) -> Distance:
     """KL of the policy from the base along answers that the policy gave, and what the base thinks of them.
 
@@ -281,14 +315,17 @@ def distance(
     policy at temperature 1 it is the KL of the two models; along answers drawn at a lower temperature it is that of the
     path which was taken. Zero where nothing is worn.
     """
-    asked = [prompt_ids(base, prompt, settings.max_prompt_tokens) for prompt in prompts]
+    pictures = [None] * len(prompts) if images is None else images
+    both = zip(prompts, pictures, strict=True)
+    asked = [prompt_ids(base, prompt, settings.max_prompt_tokens, image) for prompt, image in both]
     lengths = [len(ids) + len(answer.tokens) for ids, answer in zip(asked, answers, strict=True)]
     kl, likelihood = torch.zeros(len(answers)), torch.zeros(len(answers))
     for rows in batches(lengths, token_budget):
         width, first = max(lengths[row] for row in rows), min(len(asked[row]) for row in rows) - 1
         ids = [[*asked[row], *answers[row].tokens, *[0] * (width - lengths[row])] for row in rows]
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(ids, device=base.device), "use_cache": False, "logits_to_keep": width - first
+            "input_ids": torch.tensor(ids, device=base.device), "use_cache": False, "logits_to_keep": width - first,
+            **shown_beside(base, [prompts[row] for row in rows], [pictures[row] for row in rows]),
         }  # fmt: skip
         with torch.inference_mode():
             if worn is None:

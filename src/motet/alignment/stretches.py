@@ -96,7 +96,7 @@ class Training:
     fit: Callable[[Any, Worn], None]
     """Told when the plain adapter has become a gated one."""
     logged: Mapping[str, str]
-    """What is kept of TRL's log, and how it calls it."""
+    """What is kept of TRL's log, and how it calls it; what it did not find out is left out."""
     advice: str
     """What to do if the policy runs away."""
 
@@ -152,9 +152,8 @@ def _stretch(
             return _seen(state, 0, state.adapter, {}, look(worn), {}, settings)
     with _trainer(base, state, steps, training, watch) as (trainer, worn):
         trainer.train()
-        keys = training.logged.values()
-        line = next(line for line in reversed(trainer.state.log_history) if all(key in line for key in keys))
-        figures = {name: float(line[key]) for name, key in training.logged.items()}
+        line = next(line for line in reversed(trainer.state.log_history) if "loss" in line)
+        figures = {name: float(line[key]) for name, key in training.logged.items() if key in line}
         adapter, moments = worn.adapter(), _moments(trainer.optimizer)
         check_finite(adapter, state.step + steps, training.advice)
         return _seen(state, steps, adapter, moments, look(worn), figures, settings)
