@@ -40,9 +40,9 @@ def summary_table(folder: Path) -> Table:
         RunError: The folder is not a run folder, is damaged, or has no evaluation yet.
     """
     if is_mixture(folder):
-        from motet.report.router_table import routers_table
+        from motet.report.router_table import mixture_table
 
-        return routers_table(read_mixture(folder))
+        return mixture_table(folder)
     return results_table(read_run(folder))
 
 

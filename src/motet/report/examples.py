@@ -1,6 +1,7 @@
 """Questions with their pictures: what was answered before GRPO, what after, and which client had the say.
 
-In:  ``policy.examples`` of an evaluation, and the PNG files that it names.
+In:  ``policy.examples`` of an evaluation, and the PNG files that it names. A client's reward there is that for the
+     answer after, normalised over both answers: above 0 where it prefers it.
 Out: HTML; each picture is a part of the page, as a data address. Of very many, some of each domain in turn.
 """
 
@@ -10,7 +11,6 @@ from html import escape
 from itertools import chain, zip_longest
 
 from motet.report.folder import Row, number
-from motet.report.matrix import signed
 from motet.report.mixture_folder import MixtureRun, picture_of
 from motet.report.verdict import percent
 
@@ -26,11 +26,10 @@ def examples(run: MixtureRun) -> str:
     shown = taken_in_turn(known, MOST)
     cards = "".join(_card(run, row) for row in shown)
     some = f"{len(shown)} of the {len(known)} examples" if len(shown) < len(known) else f"All {len(known)} examples"
-    counts = [sum(bool(row.get(f"right_{when}")) for row in shown) for when in ("before", "after")]
     note = (
-        f"{some} that the run kept, each domain in turn: {counts[0]} right before, {counts[1]} right after. Right is "
-        "an exact answer, in either style. Below the answers: who had the most say about this prompt, with its weight "
-        "and its normalised reward for the answer after GRPO."
+        f"{some} that the run kept, each domain in turn. Questions whose answer changed come first, so they "
+        "show how answers changed, not how often: that stands in the table above. Right is an exact answer, in either "
+        "style. Below: who had the most say about the prompt, with its weight, and which of the two answers it prefers."
     )
     return f'<p class="note">{escape(note)}</p><div class="examples">{cards}</div>'
 
@@ -84,5 +83,6 @@ def _say(row: Row) -> str:
     parts = []
     for name in order:
         score = number(rewards.get(name))
-        parts.append(f"{name} {percent(weights[name], 0)}" + ("" if score is None else f" (scored {signed(score, 1)})"))
+        liked = "neither" if not score else "after" if score > 0 else "before"
+        parts.append(f"{name} {percent(weights[name], 0)}" + ("" if score is None else f" (prefers {liked})"))
     return f'<p class="note">{escape("Most say: " + ", then ".join(parts))}</p>'

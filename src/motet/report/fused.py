@@ -73,7 +73,7 @@ def glance(run: MixtureRun) -> list[tuple[str, str]]:
     row, summary, policy = run.used or {}, run.summary, run.policy
     kept = [value for value in map(number, (summary.get("robustness_kept") or {}).values()) if value is not None]
     kl, budget = (number(policy.get(name, summary.get(name))) for name in ("kl", "kl_budget"))
-    before, after = (number(summary.get(f"exact_{when}")) for when in ("before", "after"))
+    before, after = (_exact(run, when) for when in ("before", "after"))
     tiles = [
         ("fused pair accuracy", percent(row.get("accuracy_mean"))),
         ("weakest domain", percent(row.get("accuracy_min"))),
@@ -83,7 +83,7 @@ def glance(run: MixtureRun) -> list[tuple[str, str]]:
         ("against the oracle", _points(run, row, "oracle")),
         ("kept under the worst attack", percent(min(kept)) if kept else "–"),
         (
-            "exact on shapes, before → after",
+            "exact answers, before → after",
             "–" if None in (before, after) else f"{percent(before)} → {percent(after)}",
         ),
         ("KL to the base, of its budget", "–" if kl is None else f"{figure(kl)} of {figure(budget)} nats"),
@@ -137,6 +137,13 @@ def _control(run: MixtureRun, accuracy: float) -> str:
     if best < accuracy - NOTICEABLE:
         return ""
     return f"A control without a model reaches {percent(best)}, so this says little about routing."
+
+
+def _exact(run: MixtureRun, when: str) -> float | None:
+    """Share of exact answers, a mean over domains."""
+    shares = [share(row, "exact") for row in (run.policy.get(when) or {}).values()]
+    known = [value for value in shares if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _points(run: MixtureRun, row: Row, name: str) -> str:

@@ -14,10 +14,12 @@ from motet.report.fused import glance, second, verdict, what_was_run
 from motet.report.matrix import signed
 from motet.report.mixture_folder import MixtureRun, ends, share
 from motet.report.page import all_settings, in_a_row, side_by_side
-from motet.report.router_table import in_percent, router_cells, with_ends
+from motet.report.router_table import in_percent, mixture_table, router_cells, with_ends
 from motet.report.routing import before_and_after, client_rewards, load_map, looks, routers, training
 from motet.report.sheet import document, html_table, opening, section
 from motet.report.verdict import byte_size, figure, percent
+
+__all__ = ["mixture_table", "page"]
 
 CITATION = (
     "Lu, Wang, Zhang, Yang, Zheng, Tong, Xu, Zheng 2026, Replacing parameters with preferences: federated alignment of "
@@ -179,9 +181,7 @@ def _attacks(run: MixtureRun) -> str:
         cells = []
         for count, setting in columns:
             row = at.get((attack, count, setting))
-            cells.append(
-                "–" if row is None else f"{in_percent(row.get('kept'))}\n{in_percent(row.get('accuracy_mean'))}"
-            )
+            cells.append("–" if row is None else _kept(row))
         rows.append([attack, *cells])
     least = {
         setting: min((v for r in found if r.get("setting") == setting and (v := number(r.get("kept"))) is not None),
@@ -190,11 +190,16 @@ def _attacks(run: MixtureRun) -> str:
     }  # fmt: skip
     worst = in_a_row([f"{percent(value)} in the {name} setting" for name, value in least.items() if value is not None])
     note = (
-        f"Share of the clean accuracy that is kept, in percent, below it the accuracy itself; of {len(run.clients)} "
-        f"clients so many are hostile. The least kept: {worst}. The robust setting is the one that "
-        "docs/mixture.md names."
+        "Share of the clean accuracy that is kept, in percent, a mean over draws of who is hostile; below it the worst "
+        f"draw. Of {len(run.clients)} clients so many are hostile, when the router is fitted, too. The least kept: "
+        f"{worst}. The robust setting is the one that docs/mixture.md names."
     )
     return f'{html_table(heads, [rows])}<p class="note after">{escape(note)}</p>'
+
+
+def _kept(row: Row) -> str:
+    least = row.get("least_kept")
+    return in_percent(row.get("kept")) + ("" if number(least) is None else f"\n{in_percent(least)}")
 
 
 def _left_out(run: MixtureRun) -> str:

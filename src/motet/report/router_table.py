@@ -5,6 +5,7 @@ Out: routers above, controls below and apart; percent with one decimal.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -12,15 +13,16 @@ from rich.text import Text
 
 from motet.errors import RunError
 from motet.report.folder import Row, number
-from motet.report.mixture_folder import MixtureRun, ends, share
+from motet.report.mixture_folder import MixtureRun, ends, read_mixture, share
 
 
-def routers_table(run: MixtureRun) -> Table:
-    """Routers and controls as rich prints them.
+def mixture_table(folder: Path) -> Table:
+    """Routers and controls of a run folder as rich prints them.
 
     Raises:
-        RunError: The run has not been evaluated.
+        RunError: It is no folder of a run, is damaged, or the run has not been evaluated.
     """
+    run = read_mixture(folder)
     if not run.routers:
         raise RunError("the run has no evaluation.json with routers yet; let it finish, then ask again")
     table = Table(title="Fused accuracy on held-out pairs, in %, with 95 % intervals", title_justify="left")

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from motet.report.canvas import CARD, INK, MIXED, SOFT, colour, plain, svg
 from motet.report.folder import Row, number
+from motet.report.fused import called
 from motet.report.mixture_folder import MixtureRun, ends, share
 from motet.report.picture import Picture, accuracy_scale
 from motet.report.verdict import figure, percent
@@ -86,7 +87,7 @@ def routers(run: MixtureRun) -> Picture | None:
             plot.plot([row["accuracy_mean"]], [place], "o", color=shade, ms=6, clip_on=False, zorder=3)
             if (least := share(row, "accuracy_min")) is not None:
                 plot.plot([least], [place], "o", color=shade, mfc=CARD, mew=1.4, ms=5, clip_on=False, zorder=3)
-        plot.set_yticks(range(len(rows)), [plain(row.get("title") or row.get("name"), 26) for row in rows])
+        plot.set_yticks(range(len(rows)), [plain(called(row).removeprefix("the "), 26) for row in rows])
         plot.set_ylim(len(rows) - 0.5, -0.5)
         plot.grid(visible=False, axis="y")
         plot.tick_params(axis="y", colors=INK)
