@@ -171,10 +171,11 @@ def _named(settings: DomainSettings) -> tuple[tuple[str, ...], dict[str, Style |
     domains = known if settings.domains is None else settings.domains
     for domain in domains:
         if domain not in known:
-            source = "the drawn set" if settings.data is None else "data"
-            raise ConfigError(f"domains must be domains of {source}, got {domain!r}; {nearest(domain, known)}")
+            source = "the drawn set" if settings.data is None else "data sets"
+            raise ConfigError(f"unknown domain {domain!r} of {source}; {nearest(domain, known)}")
     if not domains or len(set(domains)) < len(domains):
-        raise ConfigError(f"domains must name one domain or more, each once, got {list(domains)}; leave it out for all")
+        got = ", ".join(domains) or "none"
+        raise ConfigError(f"domains must name one domain or more, each once, got {got}; leave it out for all")
     if settings.clients < len(domains):
         raise ConfigError(
             f"clients must be at least the number of domains, {len(domains)}, got {settings.clients}; "
@@ -215,13 +216,14 @@ def _short(got: int, wanted: int, what: str) -> list[str]:
 # reading
 
 
-def _questions(settings: DomainSettings, domain: str, count: int, seed: int) -> tuple[Sequence[Question], list[str]]:
+def _questions(
+    settings: DomainSettings, domain: str, count: int, seed: int
+) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     """The questions of a domain, and sentences on where they are from."""
     if settings.data is None:
-        asked = drawn(domain, count, seed)
-        return asked, [
-            f"{len(asked):,} questions about {len({one.group for one in asked}):,} drawn pictures of {domain}"
-        ]
+        asked = drawn(domain, count, seed, settings.image_pixels)
+        pictures = len({one.group for one in asked})
+        return asked, (f"{len(asked):,} questions about {pictures:,} drawn pictures of {domain}",)
     path = local_path(settings.data)
     if path is None or not path.is_dir():
         raise DataError(f"data must be a folder with one folder a data set, {settings.data!r} is none; check --data")
@@ -229,9 +231,9 @@ def _questions(settings: DomainSettings, domain: str, count: int, seed: int) -> 
 
 
 @cache
-def _read(domain: str, folder: str, image_pixels: int) -> tuple[Sequence[Question], list[str]]:
+def _read(domain: str, folder: str, image_pixels: int) -> tuple[tuple[Question, ...], tuple[str, ...]]:
     """Read once, for all seeds of a comparison."""
-    read: Callable[[Path, int], tuple[Sequence[Question], list[str]]]
+    read: Callable[[Path, int], tuple[tuple[Question, ...], tuple[str, ...]]]
     read = import_module(f"motet.data.answered.{domain}").read
     return read(Path(folder), image_pixels)
 

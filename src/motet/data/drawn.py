@@ -51,13 +51,14 @@ Drawing = tuple[Any, list[Asked]]
 """A ``PIL.Image`` and all that can be asked about it."""
 
 
-def drawn(domain: str, count: int, seed: int) -> tuple[Question, ...]:
+def drawn(domain: str, count: int, seed: int, pixels: int = SIDE) -> tuple[Question, ...]:
     """Questions of one domain, up to three a picture. More of them begin with the same ones.
 
     Args:
         domain: One of ``DRAWN``.
         count: How many questions.
         seed: Another seed draws other pictures.
+        pixels: Longest side of a picture; larger than ``SIDE`` changes nothing.
 
     Raises:
         ConfigError: There is no such domain.
@@ -67,15 +68,15 @@ def drawn(domain: str, count: int, seed: int) -> tuple[Question, ...]:
     questions: list[Question] = []
     number = 0
     while len(questions) < count:
-        questions += _about_one_picture(domain, seed, number)
+        questions += _about_one_picture(domain, seed, number, pixels)
         number += 1
     return tuple(questions[:count])
 
 
-def _about_one_picture(domain: str, seed: int, number: int) -> Iterator[Question]:
+def _about_one_picture(domain: str, seed: int, number: int, pixels: int) -> Iterator[Question]:
     dice = Dice(seed, "drawn", domain, number)
     picture, asked = DRAWN[domain](dice)
-    image = Image.of(picture)
+    image = Image.of(picture, pixels)
     for one in dice.some(asked, _QUESTIONS_A_PICTURE):
         prompt = (Turn("user", dice.one(one.wordings)),)
         yield Question(domain, prompt, image, one.right, one.wrong, one.kind, f"{domain}-{image.digest}")
@@ -133,7 +134,7 @@ def _charts(dice: Dice) -> Drawing:
     for kind, colour in (("tallest", ranked[-1]), ("shortest", ranked[0])):
         what = (f"which colour is the {kind} bar", f"what colour does the {kind} bar have")
         asked.append(_choice(kind, what, colour, COLOURS, f"the {kind} bar is {{}}"))
-    asked.append(_counted(("how many bars are there", "how many bars does the chart have"), count, "bar", least=2))
+    asked.append(_counted(("how many bars are there", "how many bars do you see"), count, "bar", least=2))
     low, high = sorted(dice.some(range(count), 2))
     yes = dice.coin()
     first, second = (ranked[high], ranked[low]) if yes else (ranked[low], ranked[high])
@@ -155,8 +156,8 @@ def _tables(dice: Dice) -> Drawing:
     corner = dice.one(CORNERS)
     what = (f"what colour is the {corner} cell", f"which colour does the {corner} cell have")
     asked = [_choice("cell", what, cells[at[corner]], COLOURS, f"the {corner} cell is {{}}")]
-    asked.append(_counted(("how many rows are there", "how many rows does the table have"), rows, "row", least=2))
-    what = ("how many columns are there", "how many columns does the table have")
+    asked.append(_counted(("how many rows are there", "how many rows do you see"), rows, "row", least=2))
+    what = ("how many columns are there", "how many columns do you see")
     asked.append(_counted(what, columns, "column", least=2))
     corner, yes = dice.one(CORNERS), dice.coin()
     true = cells[at[corner]]
@@ -339,10 +340,10 @@ def _form(canvas: _Canvas, thing: Thing, x: int, y: int, radius: int) -> None:
 
 
 _WORDS = """
-a and are bar bars behind blue bottom bright cell chart circle colour columns cyan dark do does four front grass
-green have how in is large left many night no not object objects of on one or organ picture purple red right
-rows see shape shorter shortest side size sky small spot square table taller tallest than the there three tone
-top triangle two what where which yellow yes you
+a and are bar bars behind blue bottom bright cell circle colour columns cyan dark do does four front grass green have
+how in is large left many night no not object objects of on one or organ picture purple red right rows see shape
+shorter shortest side size sky small spot square taller tallest than the there three tone top triangle two what where
+which yellow yes you
 """
 WORDS = tuple(_WORDS.split())
 """Every word of the drawn set, in questions and in answers."""

@@ -67,7 +67,7 @@ def read(folder: Path, pixels: int) -> tuple[tuple[Question, ...], tuple[str, ..
     found: dict[tuple[str, str], Mapping[str, Any]] = {}
     total = 0
     for _, row in rows(home / "vqa_rad.jsonl.gz", _FIELDS):
-        found.setdefault((row["image_name"], normalised(row["question"])), row)
+        found.setdefault((row["image_name"], normalised(row["question"].strip(" ?"))), row)
         total += 1
     images = {name: picture(home / "images" / name, pixels) for name in dict.fromkeys(name for name, _ in found)}
     by_type: dict[str, dict[str, str]] = defaultdict(dict)
