@@ -360,7 +360,7 @@ def _on_tastes() -> tuple[Any, Any]:
                 part = slice(first, first + size)
                 rows = self.rows[part]
                 self.worn.dial.turn(self._tastes(rows))
-                shown = shown_beside(self.base, [row.prompt for row in rows], [self._seen(row) for row in rows])
+                shown = shown_beside(self.base, [self._seen(row) for row in rows])
                 logp, entropy, _ = super()._get_per_token_logps_and_entropies(
                     functools.partial(model, **shown), input_ids[part], attention_mask[part], logits_to_keep, **more
                 )

@@ -9,6 +9,7 @@ Numbers in comments are those of the traps in ``trainers``.
 
 import functools
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from motet.errors import BackboneError
-from motet.records import Pair
+from motet.records import Image, Pair
 from motet.selector.eyes import register
 
 # for models without a chat template; the marks end where a token of the answer can begin
@@ -41,10 +42,18 @@ class Row(NamedTuple):
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    image: Image | None = None
+    """What the prompt is about; its tokens are in there."""
+
+    def answers(self) -> "tuple[Answer, Answer]":
+        """To the chosen and to the rejected."""
+        if self.image is None:
+            return (self.prompt, self.chosen), (self.prompt, self.rejected)
+        return (self.prompt, self.chosen, self.image), (self.prompt, self.rejected, self.image)
 
 
-Answer = tuple[tuple[int, ...], tuple[int, ...]]
-"""Tokens of a prompt, and of one answer to it."""
+Answer = tuple[tuple[int, ...], tuple[int, ...]] | tuple[tuple[int, ...], tuple[int, ...], Image]
+"""Tokens of a prompt, and of one answer to it; and the picture, where the prompt is about one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +66,10 @@ class OpenBase:
     device: torch.device
     processor: Any = None
     """Of a model that sees pictures; its tokenizer is the model's."""
-    seen: dict[Any, Any] = field(default_factory=dict)
-    """Dialogues about pictures as the model reads them, see ``pictures``."""
+    seen: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    """Tokens of dialogues about pictures, see ``pictures``."""
+    shown: dict[Image, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    """Pictures as the model is given them."""
     rows: dict[tuple[tuple[Pair, ...], int], list[Row]] = field(default_factory=dict)
     """Tokens of pairs seen before, by pairs and ``max_tokens``."""
     likelihoods: dict[tuple[Answer, ...], dict[Answer, float]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ models of transformers deal it out to the tokens that stand for pictures. We dif
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +22,11 @@ from motet.errors import BackboneError, ConfigError
 from motet.records import Image, Turn
 
 KEPT = 256
-"""Dialogues about pictures that are kept as the model reads them: a step of GRPO reads each of its own many times."""
+"""Pictures, and dialogues about them, that are kept as the model reads them: a step of GRPO reads each many times."""
 
 
-class Read(NamedTuple):
-    """A dialogue as a model reads it."""
-
-    tokens: tuple[int, ...]
-    shown: Mapping[str, Tensor]
-    """The tensors of its picture, one row each, or as many as the picture has tiles; none without a picture."""
-
-
-def read(base: OpenBase, turns: Sequence[Turn], image: Image | None = None, answering: bool = True) -> Read:
-    """A dialogue through the chat template.
+def read(base: OpenBase, turns: Sequence[Turn], image: Image | None = None, answering: bool = True) -> tuple[int, ...]:
+    """The tokens of a dialogue, through the chat template.
 
     Args:
         base: The model.
@@ -55,17 +47,21 @@ def read(base: OpenBase, turns: Sequence[Turn], image: Image | None = None, answ
         found = base.tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, add_generation_prompt=answering
         )
-        return Read(tuple(found["input_ids"]), {})
+        return tuple(found["input_ids"])
     if image is None:
         text = _through_template(base, turns, False, answering)
-        return Read(tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"]), {})
+        return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
     key = (tuple(turns), image, answering)
     if key not in base.seen:
-        if len(base.seen) >= KEPT:
-            del base.seen[next(iter(base.seen))]
-        base.seen[key] = _look(base, _through_template(base, turns, True, answering), image)
-    found = base.seen[key]
-    return Read(*found)
+        _keep(base.seen, key, _look(base, _through_template(base, turns, True, answering), image))
+    return base.seen[key]
+
+
+def shown(base: OpenBase, image: Image) -> Mapping[str, Tensor]:
+    """What a model is given of a picture beside the tokens: one row each, or as many as the picture has tiles."""
+    if image not in base.shown:
+        _look(base, _through_template(base, (Turn("user", ""),), True, True), image)
+    return base.shown[image]
 
 
 def _through_template(base: OpenBase, turns: Sequence[Turn], seeing: bool, answering: bool) -> str:
@@ -82,17 +78,24 @@ def _through_template(base: OpenBase, turns: Sequence[Turn], seeing: bool, answe
     return str(base.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))
 
 
-def _look(base: OpenBase, text: str, image: Image) -> Read:
+def _look(base: OpenBase, text: str, image: Image) -> tuple[int, ...]:
     """Through the processor, which makes many tokens of the one that stands for the picture."""
     found = dict(base.processor(text=[text], images=[image.pil()], add_special_tokens=False, return_tensors="pt"))
     tokens = found.pop("input_ids")
     found.pop("attention_mask", None)
-    if told := sorted(name for name, tensor in found.items() if name.endswith("token_type_ids")):
+    if told := sorted(name for name in found if name.endswith("token_type_ids")):
         raise BackboneError(
-            f"the model {base.name!r} wants to be told of each token what it is ({told[0]}), which is "
-            "not passed on here; take a model like LLaVA or Idefics3"
+            f"the model {base.name!r} wants to be told of each token what it is ({told[0]}), which is not passed on "
+            "here; take a model like LLaVA or Idefics3"
         )
-    return Read(tuple(tokens[0].tolist()), found)
+    _keep(base.shown, image, found)
+    return tuple(tokens[0].tolist())
+
+
+def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= KEPT:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
 def picture_token(base: OpenBase) -> int:
@@ -100,37 +103,44 @@ def picture_token(base: OpenBase) -> int:
     return int(base.model.config.image_token_id)
 
 
-def cut(base: OpenBase, tokens: Sequence[int], most: int) -> list[int]:
-    """The end of a prompt, and its picture wherever it stands.
-
-    The tokens of the picture, and what stands between and right beside them to frame it, are neither counted nor cut.
-    """
+def framed(base: OpenBase, tokens: Sequence[int]) -> range:
+    """Where the tokens of a picture stand, with what stands between them and right beside them to frame them."""
     if base.processor is None:
-        return list(tokens[-most:])
+        return range(0)
     token, added = picture_token(base), base.tokenizer.added_tokens_decoder
     special = {number for number, known in added.items() if known.special} - {base.tokenizer.eos_token_id}
     places = [place for place, known in enumerate(tokens) if known == token]
-    first, last = (places[0], places[-1]) if places else (0, -1)
-    while places and first and tokens[first - 1] in special:
+    if not places:
+        return range(0)
+    first, last = places[0], places[-1]
+    while first and tokens[first - 1] in special:
         first -= 1
-    while places and last + 1 < len(tokens) and tokens[last + 1] in special:
+    while last + 1 < len(tokens) and tokens[last + 1] in special:
         last += 1
-    text = [place for place in range(len(tokens)) if not first <= place <= last]
+    return range(first, last + 1)
+
+
+def cut(base: OpenBase, tokens: Sequence[int], most: int) -> list[int]:
+    """The end of a prompt, and its picture wherever it stands, which is neither counted nor cut."""
+    picture = framed(base, tokens)
+    text = [place for place in range(len(tokens)) if place not in picture]
     gone = set(text[: max(0, len(text) - most)])
-    return [known for place, known in enumerate(tokens) if place not in gone]
+    return [token for place, token in enumerate(tokens) if place not in gone]
 
 
-def together(base: OpenBase, shown: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of several rows as the model takes them: one after the other, filled up with 0 to the largest."""
+def together(base: OpenBase, images: Sequence[Image | None]) -> dict[str, Tensor]:
+    """What is shown in several rows, as the model takes it, on the CPU; nothing where no row has a picture.
+
+    One after the other in the order of the rows, filled up with 0 to the largest.
+    """
     parts: dict[str, list[Tensor]] = {}
-    for row in shown:
-        for name, tensor in row.items():
+    for image in images:
+        for name, tensor in shown(base, image).items() if image is not None else ():
             parts.setdefault(name, []).append(tensor)
     found: dict[str, Tensor] = {}
     for name, tensors in parts.items():
         widest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-        filled = [_filled(tensor, widest) for tensor in tensors]
-        whole = torch.cat(filled).to(base.device)
+        whole = torch.cat([_filled(tensor, widest) for tensor in tensors])
         found[name] = whole.to(base.model.dtype) if whole.is_floating_point() else whole
     return found
 
@@ -141,11 +151,6 @@ def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     return F.pad(tensor, [number for size in reversed(missing) for number in (0, size)]) if any(missing) else tensor
 
 
-def shown_beside(
-    base: OpenBase, prompts: Sequence[Sequence[Turn]], images: Sequence[Image | None] | None
-) -> dict[str, Any]:
-    """What goes to the model beside the tokens of these prompts, in their order; nothing without a picture."""
-    if images is None:
-        return {}
-    rows = zip(prompts, images, strict=True)
-    return together(base, [read(base, prompt, image).shown for prompt, image in rows if image is not None])
+def shown_beside(base: OpenBase, images: Sequence[Image | None]) -> dict[str, Any]:
+    """The same where the model is: what it is given beside the tokens of these rows."""
+    return {name: tensor.to(base.device) for name, tensor in together(base, images).items()}

@@ -129,7 +129,7 @@ def sampled(
         draw = int(torch.randint(2**31, (), generator=generator(seed, *names, "batch", number)))
         if worn is not None:
             worn.dial.turn(None if tastes is None else tastes[rows].to(base.device))
-        shown = shown_beside(base, [prompts[row] for row in rows], [pictures[row] for row in rows])
+        shown = shown_beside(base, [pictures[row] for row in rows])
         yield (
             rows,
             _generate(base, worn, [ids[row] for row in rows], shown, generation_settings(base, settings, greedy), draw),
@@ -228,7 +228,7 @@ def _even(lengths: Sequence[int], rows: int, budget: int) -> Iterator[list[int]]
 
 def prompt_ids(base: OpenBase, prompt: Prompt, most: int, image: Image | None = None) -> list[int]:
     """A prompt through the chat template, up to where the answer begins."""
-    return cut(base, read(base, prompt, image).tokens, most)
+    return cut(base, read(base, prompt, image), most)
 
 
 def end_tokens(base: OpenBase) -> list[int]:
@@ -325,7 +325,7 @@ def distance(
         ids = [[*asked[row], *answers[row].tokens, *[0] * (width - lengths[row])] for row in rows]
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor(ids, device=base.device), "use_cache": False, "logits_to_keep": width - first,
-            **shown_beside(base, [prompts[row] for row in rows], [pictures[row] for row in rows]),
+            **shown_beside(base, [pictures[row] for row in rows]),
         }  # fmt: skip
         with torch.inference_mode():
             if worn is None:

@@ -37,7 +37,8 @@ from motet.alignment.opened import Answer, half
 from motet.alignment.opened import OpenBase as OpenBase
 from motet.alignment.opened import Row as Row
 from motet.alignment.opened import open_base as open_base
-from motet.records import Pair
+from motet.alignment.pictures import cut, framed, read, shown_beside, together
+from motet.records import Image, Pair, Turn
 from motet.selector.backbone import batches
 
 FIGURES = ("loss", "margin", "accuracy")
@@ -76,7 +77,7 @@ def encode(base: OpenBase, pairs: tuple[Pair, ...], max_tokens: int) -> list[Row
     such a prompt loses its beginning, so that the number of pairs stays what was said.
     """
     if (pairs, max_tokens) not in base.rows:
-        base.rows[pairs, max_tokens] = [_encode(base.tokenizer, pair, max_tokens) for pair in pairs]
+        base.rows[pairs, max_tokens] = [_encode(base, pair, max_tokens) for pair in pairs]
     return base.rows[pairs, max_tokens]
 
 
@@ -85,20 +86,22 @@ def answers_of(rows: Sequence[Row]) -> tuple[Answer, ...]:
 
     Mirrored pairs share their answers, so people of opposite tastes share one computation, to the same bits.
     """
-    return tuple(sorted({(row.prompt, answer) for row in rows for answer in (row.chosen, row.rejected)}))
+    found = {answer for row in rows for answer in row.answers()}
+    return tuple(sorted(found, key=lambda answer: (answer[:2], image.digest if (image := _image(answer)) else "")))
 
 
 def log_likelihoods(base: OpenBase, answers: tuple[Answer, ...]) -> dict[Answer, float]:
     """Log-likelihood of each answer, in nats, summed over its tokens, under the model as it stands."""
-    lengths, found = [len(prompt) + len(answer) for prompt, answer in answers], {}
+    lengths, found = [len(answer[0]) + len(answer[1]) for answer in answers], {}
     for batch in batches(lengths, SCORE_TOKENS):
         width, first = max(lengths[i] for i in batch), max(min(len(answers[i][0]) for i in batch), 1) - 1
         ids = [[*answers[i][0], *answers[i][1], *[0] * (width - lengths[i])] for i in batch]
         # no attention mask: padding stands on the right, and a causal model never looks there from the left
         with torch.inference_mode():
             logits = base.model(
-                input_ids=torch.tensor(ids, device=base.device), use_cache=False, logits_to_keep=width - first
-            ).logits
+                input_ids=torch.tensor(ids, device=base.device), use_cache=False, logits_to_keep=width - first,
+                **shown_beside(base, [_image(answers[i]) for i in batch]),
+            ).logits  # fmt: skip
         for place, i in enumerate(batch):
             start = max(len(answers[i][0]), 1)
             scores = logits[place, start - 1 - first : lengths[i] - 1 - first].float()
@@ -128,7 +131,7 @@ def implicit_margins(
     with worn(base, adapter, settings):
         after = log_likelihoods(base, answers)
     ratio = {answer: after[answer] - before[answer] for answer in answers}
-    margins = [ratio[row.prompt, row.chosen] - ratio[row.prompt, row.rejected] for row in rows]
+    margins = [ratio[chosen] - ratio[rejected] for chosen, rejected in (row.answers() for row in rows)]
     return settings.dpo_beta * torch.tensor(margins, dtype=torch.float32)
 
 
@@ -140,7 +143,7 @@ def train_dpo(
     Args:
         base: The frozen model.
         adapter: Where to start, by PEFT's names on disk; not changed.
-        pairs: What was chosen and what was not; at least one.
+        pairs: What was chosen and what was not; at least one. With a picture or without, for a model that sees.
         settings: Steps, sizes, reference.
         seed: Decides the order of the pairs and the dropout, nothing else does; below 2^32.
 
@@ -149,6 +152,7 @@ def train_dpo(
         reward in nats, and the share of pairs where it is above 0, means over the pairs of these steps.
 
     Raises:
+        ConfigError: A picture for a model that sees none.
         MessageError: The adapter is for another model or other settings.
     """
     trainer_class, config_class = trl_dpo()
@@ -157,12 +161,18 @@ def train_dpo(
     from transformers import PrinterCallback
 
     rows = encode(base, pairs, settings.max_tokens)
-    columns: dict[str, list[Any]] = {f"{name}_ids": [list(getattr(row, name)) for row in rows] for name in Row._fields}
+    names = ("prompt", "chosen", "rejected")
+    columns: dict[str, list[Any]] = {f"{name}_ids": [list(getattr(row, name)) for row in rows] for name in names}
+    seeing = any(row.image is not None for row in rows)
+    more: dict[str, Any] = {}
+    if seeing:  # which row it is travels along; the rows are cut already, and TRL would count the pictures
+        columns["row"] = list(range(len(rows)))
+        more = {"max_length": None, "remove_unused_columns": False}
     ahead = settings.reference == "base" and len(rows) <= AHEAD * settings.local_steps * settings.batch_pairs
     if ahead:
         known = base_log_likelihoods(base, answers_of(rows))
-        columns["ref_chosen_logps"] = [known[row.prompt, row.chosen] for row in rows]
-        columns["ref_rejected_logps"] = [known[row.prompt, row.rejected] for row in rows]
+        columns["ref_chosen_logps"] = [known[row.answers()[0]] for row in rows]
+        columns["ref_rejected_logps"] = [known[row.answers()[1]] for row in rows]
     lora = lora_config(base, settings)
     try:
         with tempfile.TemporaryDirectory() as folder, own_randomness(), old_names():
@@ -174,7 +184,7 @@ def train_dpo(
                 load_adapter(model, adapter)
             trainer = trainer_class(
                 model=model,
-                args=config_class(**dpo_arguments(base, settings, settings.local_steps, seed, folder)),
+                args=config_class(**dpo_arguments(base, settings, settings.local_steps, seed, folder) | more),
                 train_dataset=Dataset.from_dict(columns),
                 processing_class=base.tokenizer,
                 peft_config=None if dressed else lora,
@@ -182,6 +192,8 @@ def train_dpo(
             if not dressed:
                 load_adapter(trainer.model, adapter)
             trainer.precompute_ref_logps = ahead
+            if seeing:
+                trainer.data_collator = _WithPictures(base, trainer.data_collator, [row.image for row in rows])
             trainer.remove_callback(PrinterCallback)  # 12
             trainer.train()
             trained = {
@@ -281,19 +293,31 @@ def quiet_arguments(base: OpenBase, steps: int, seed: int, folder: str) -> dict[
     }
 
 
-def _encode(tokenizer: Any, pair: Pair, max_tokens: int) -> Row:
-    """One pair as TRL would see it, and then cut."""
-    asked = [turn._asdict() for turn in pair.prompt]
+class _WithPictures:
+    """TRL's collator, and what is shown beside the rows: the chosen answers', then the rejected ones'."""
 
-    def ids(messages: list[dict[str, str]], **more: Any) -> list[int]:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)["input_ids"])
+    def __init__(self, base: OpenBase, collator: Any, images: Sequence[Image | None]) -> None:
+        self.base, self.collator, self.images = base, collator, images
 
-    prompt = ids(asked, add_generation_prompt=True)
-    whole = [ids([*asked, {"role": "assistant", "content": answer}]) for answer in (pair.chosen, pair.rejected)]
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        images = [self.images[example.pop("row")] for example in examples]
+        return {**self.collator(examples), **together(self.base, [*images, *images])}
+
+
+def _encode(base: OpenBase, pair: Pair, max_tokens: int) -> Row:
+    """One pair as TRL would see it, and then cut; the tokens of its picture are not counted."""
+    prompt = read(base, pair.prompt, pair.image)
+    answered = [(*pair.prompt, Turn("assistant", answer)) for answer in (pair.chosen, pair.rejected)]
+    whole = [read(base, turns, pair.image, answering=False) for turns in answered]
     start = min(_shared(prompt, tokens) for tokens in whole)
-    kept = prompt[max(0, start - max_tokens // 2) : start]
-    chosen, rejected = (tuple(tokens[start:][: max_tokens - len(kept)]) for tokens in whole)
-    return Row(tuple(kept), chosen, rejected)
+    kept = cut(base, prompt[:start], max_tokens // 2)
+    room = max_tokens - len(kept) + len(framed(base, kept))
+    chosen, rejected = (tokens[start:][:room] for tokens in whole)
+    return Row(tuple(kept), chosen, rejected, pair.image)
+
+
+def _image(answer: Answer) -> Image | None:
+    return answer[2] if len(answer) == 3 else None
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
