@@ -27,7 +27,7 @@ FLOORS = (
     ("policies",),
     ("judging", "align"),
     ("compare", "play"),
-    ("sweep",),
+    ("sweep", "mixture_compare"),
     ("cli",),
     ("__init__", "__main__"),
 )

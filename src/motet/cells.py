@@ -47,7 +47,7 @@ CELL = "cell.json"
 UNTOLD = ("checkpoint_every", "evaluate_every", "batch_clients")
 """Settings of a run that change no figure."""
 ABOVE = (
-    "report", "cells.py", "compare.py", "sweep.py", "bench.py", "person.py", "papers.py", "cli",
+    "report", "cells.py", "compare.py", "mixture_compare.py", "sweep.py", "bench.py", "person.py", "papers.py", "cli",
     "card.py", "policies.py", "align.py", "judging.py", "play",
 )  # fmt: skip
 """Code that changes no figure of a run."""

@@ -282,11 +282,14 @@ def interval(values: Iterable[Any]) -> list[float] | None:
     return [middle - reach, middle + reach]
 
 
-def differences(by_row: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Every row against every row above it, seed by seed, in each of ``FIGURES``.
+def differences(
+    by_row: Mapping[str, Mapping[int, Mapping[str, Any]]], figures: Sequence[str] = FIGURES
+) -> list[dict[str, Any]]:
+    """Every row against every row above it, seed by seed, in each of the figures.
 
     Args:
         by_row: Summaries by the name of the row and by seed.
+        figures: Keys of a summary; the part behind a dot is a key within.
 
     Returns:
         ``method`` minus ``reference``: mean over the seeds that both have, its interval, and the verdict ``better`` or
@@ -296,7 +299,7 @@ def differences(by_row: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[d
     names = list(by_row)
     for place, reference in enumerate(names):
         for method in names[place + 1 :]:
-            for figure in FIGURES:
+            for figure in figures:
                 gains = [
                     ours - theirs
                     for seed in by_row[method]

@@ -39,6 +39,8 @@ MARKERS = "osD^vPX*<>"
 CENTRAL = ("oracle", "central")
 """Methods that pool everybody's pairs in one place: a measure for the others, no rivals of theirs."""
 LINES = {"shared": (":", "shared"), "oracle": ((0, (6, 3)), "oracle")}
+SEEN = "Filled: people seen in training; hollow: people who came after it."
+"""What the dots are, unless a page says otherwise."""
 
 
 def write_comparison(folder: Path, table: Mapping[str, Any]) -> None:
@@ -119,10 +121,16 @@ def lead(table: Mapping[str, Any]) -> str:
     return f"{said}; its lead over {' and '.join(filter(None, (', '.join(level[:-1]), level[-1])))} is within chance."
 
 
-def accuracies(table: Mapping[str, Any]) -> Picture | None:
-    """Mean accuracy of each method with its interval, seen and unseen, between the controls."""
+def accuracies(
+    table: Mapping[str, Any],
+    hollow: str = "accuracy_unseen",
+    dots: str = SEEN,
+    lines: Mapping[str, tuple[Any, str]] = LINES,
+    across: str = "one linear reward for everybody, and one per true group",
+) -> Picture:
+    """Mean accuracy of each method with its interval, and a second figure beside it, between the controls."""
     rows = table["rows"]
-    levels = [(row["accuracy_mean"], *LINES[row["name"]]) for row in table["controls"] if row["name"] in LINES]
+    levels = [(row["accuracy_mean"], *lines[row["name"]]) for row in table["controls"] if row["name"] in lines]
 
     def draw(sheet: Figure) -> None:
         plot = sheet.subplots()
@@ -134,7 +142,7 @@ def accuracies(table: Mapping[str, Any]) -> Picture | None:
                     ha="center", va="bottom", color=SOFT, fontsize=8.5, annotation_clip=False,
                 )  # fmt: skip
         for place, row in enumerate(rows):
-            for key, lower, fill in (("accuracy_mean", -0.14, None), ("accuracy_unseen", 0.14, CARD)):
+            for key, lower, fill in (("accuracy_mean", -0.14, None), (hollow, 0.14, CARD)):
                 _dot(plot, row.get(key), row.get(f"{key}_interval"), place + lower, colour(place), fill)
         plot.set_yticks(range(len(rows)), [plain(name_of(row)) for row in rows])
         plot.set_ylim(len(rows) - 0.5, -0.5)
@@ -143,22 +151,19 @@ def accuracies(table: Mapping[str, Any]) -> Picture | None:
         accuracy_scale(plot, plot.xaxis)
         plot.set_xlabel("accuracy on held-out pairs")
 
-    caption = (
-        "Filled: people seen in training; hollow: people who came after it. Lines are 95\u00a0% intervals over seeds. "
-        "The lines across are controls: one linear reward for everybody, and one per true group."
-    )
+    caption = f"{dots} Lines are 95\u00a0% intervals over seeds. The lines across are controls: {across}."
     alt = "; ".join(f"{name_of(row)} {percent(row['accuracy_mean'])}" for row in rows)
     height = 1.1 + 0.42 * len(rows)
     return Picture("Accuracy", svg("accuracy", f"Accuracy by method: {alt}", draw, height), caption)
 
 
-def forest(table: Mapping[str, Any]) -> Picture | None:
+def forest(table: Mapping[str, Any], hollow: str = "accuracy_unseen", dots: str = SEEN) -> Picture | None:
     """Paired differences to the first method, with intervals."""
     first = table["rows"][0]["name"]
     called = titles(table["rows"])
     wanted = [
         (row, figure)
-        for figure in ("accuracy_mean", "accuracy_unseen")
+        for figure in ("accuracy_mean", hollow)
         for row in table["differences"]
         if row["reference"] == first and row["figure"] == figure
     ]
@@ -184,7 +189,7 @@ def forest(table: Mapping[str, Any]) -> Picture | None:
 
     caption = (
         f"Each method against {called[first]}, seed by seed on the same deal, with 95\u00a0% intervals; left of the "
-        "line it is worse. Filled: people seen in training; hollow: people who came after it."
+        f"line it is worse. {dots}"
     )
     alt = "; ".join(
         f"{called[row['method']]} {100 * row['mean']:+.1f} points"

@@ -13,6 +13,7 @@ from motet.report.verdict import NOTICEABLE, byte_size, figure, percent
 
 CALLED = {
     "learned": "the learned router",
+    "mor": "the learned router",
     "competence": "routing by competence",
     "prototypes": "routing by prototypes",
     "uniform": "the uniform mean",

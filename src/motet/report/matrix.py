@@ -32,10 +32,10 @@ def columns(rows: Sequence[Row], published: Sequence[Row] = ()) -> list[Column]:
     """The columns that these rows can fill."""
     axes = list(dict.fromkeys(axis for row in rows for axis in (row.get("accuracy") or {})))
     found = [Column("inference", lambda row: (str(row.get("inference") or ""), ""))]
-    found += [Column(f"{axis}, %", _share_of("accuracy", axis)) for axis in axes]
+    found += [Column(f"{axis}, %", share_of("accuracy", axis)) for axis in axes]
     found += [
-        Column("mean seen, %", _share("accuracy_mean")),
-        Column("unseen, %", _share("accuracy_unseen")),
+        Column("mean seen, %", share_column("accuracy_mean")),
+        Column("unseen, %", share_column("accuracy_unseen")),
         Column("gap closed", _plain("gap_closed", 2)),
         Column("active units", _plain("active_units", 1)),
         Column("adjusted Rand", _plain("adjusted_rand", 2)),
@@ -74,7 +74,7 @@ def terminal(table: Mapping[str, Any]) -> list[Table]:
     """The table as rich prints it, in two that fit a terminal: accuracy, and everything else."""
     rows, shown = table["rows"], columns(table["rows"], table.get("reported", ()))
     served, cost = split(shown)
-    return [_printed(heading(table), (rows, table["controls"]), served), _printed(COST, (rows,), cost)]
+    return [printed(heading(table), (rows, table["controls"]), served), printed(COST, (rows,), cost)]
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
@@ -131,11 +131,10 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def difference_grid(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
+def difference_grid(rows: Sequence[Row], titles: Mapping[str, str], said: Mapping[str, str] | None = None) -> list[str]:
     """The paired differences as a Markdown table."""
-    lines = grid(
-        ["", "against", "figure", "difference", "95 % interval", "seeds", "verdict"], difference_cells(rows, titles)
-    )
+    heads = ["", "against", "figure", "difference", "95 % interval", "seeds", "verdict"]
+    lines = grid(heads, difference_cells(rows, titles, said))
     return [
         *lines, "",
         "Each difference is taken seed by seed, on the same deal; *better* and *worse* mean that the 95 % interval of "
@@ -143,8 +142,10 @@ def difference_grid(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]
     ]  # fmt: skip
 
 
-def difference_cells(rows: Sequence[Row], titles: Mapping[str, str]) -> list[list[str]]:
-    """The paired differences as texts; accuracies in points."""
+def difference_cells(
+    rows: Sequence[Row], titles: Mapping[str, str], said: Mapping[str, str] | None = None
+) -> list[list[str]]:
+    """The paired differences as texts; accuracies in points. ``said`` names figures otherwise than ``in_words``."""
     cells = []
     for row in rows:
         scale, decimals, unit = (1, 2, "") if row["figure"] == "gap_closed" else (100, 1, " points")
@@ -152,7 +153,8 @@ def difference_cells(rows: Sequence[Row], titles: Mapping[str, str]) -> list[lis
         between = "–" if ends is None else f"{signed(ends[0] * scale, decimals)} to {signed(ends[1] * scale, decimals)}"
         names = [titles.get(row[side], row[side]) for side in ("method", "reference")]
         mean = f"{signed(row['mean'] * scale, decimals)}{unit}"
-        cells.append([*names, in_words(row["figure"]), mean, between, str(row["seeds"]), row["verdict"]])
+        name = (said or {}).get(row["figure"]) or in_words(row["figure"])
+        cells.append([*names, name, mean, between, str(row["seeds"]), row["verdict"]])
     return cells
 
 
@@ -192,26 +194,30 @@ def grid(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 
-def _printed(title: str, parts: Sequence[Sequence[Row]], shown: Sequence[Column]) -> Table:
-    printed = Table(title=title, title_justify="left")
-    printed.add_column("")
+def printed(title: str, parts: Sequence[Sequence[Row]], shown: Sequence[Column]) -> Table:
+    """Rows, then controls, as rich prints them."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
     for column in shown:
-        printed.add_column(Text(column.heading.replace("*", "")), justify="right")
+        table.add_column(Text(column.heading.replace("*", "")), justify="right")
     for place, part in enumerate(parts):
         for row in part:
             texts = [Text(str(row["title"] if place else name_of(row)), style="dim" if place else "bold")]
             for column in shown:
                 value, reach = column.shown(row)
                 texts.append(Text(value).append(f" ±{reach}" if reach else "", style="dim"))
-            printed.add_row(*texts, end_section=row is part[-1])
-    return printed
+            table.add_row(*texts, end_section=row is part[-1])
+    return table
 
 
-def _share(key: str) -> Callable[[Row], tuple[str, str]]:
+def share_column(key: str) -> Callable[[Row], tuple[str, str]]:
+    """Shows a share in percent, with its reach."""
     return lambda row: _text(row.get(key, ""), row.get(f"{key}_interval"), 100, 1)
 
 
-def _share_of(key: str, name: str) -> Callable[[Row], tuple[str, str]]:
+def share_of(key: str, name: str) -> Callable[[Row], tuple[str, str]]:
+    """Shows one of several shares by name, in percent, with its reach."""
+
     def shown(row: Row) -> tuple[str, str]:
         return _text((row.get(key) or {}).get(name), (row.get(f"{key}_interval") or {}).get(name), 100, 1)
 
