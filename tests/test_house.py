@@ -23,11 +23,11 @@ FLOORS = (
     ("engines",),
     ("report",),
     ("experiment", "card"),
-    ("person", "papers", "bench", "reported", "cells"),
+    ("person", "papers", "reported", "cells", "mixing"),
     ("policies",),
     ("judging", "align"),
     ("compare", "play"),
-    ("sweep", "mixture_compare"),
+    ("sweep", "mixture_compare", "bench"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -24,7 +24,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, everything else on the other.")
 ]
 RecipeArgument = Annotated[
-    str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs.")
+    str | None, typer.Argument(help="voices, hh-strict, hh-mixed, same-pair, criteria or pairs; mor or mor-demo.")
 ]
 DataOption = Annotated[str | None, typer.Option("--data", help="File or folder that the recipe reads, or a hub name.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML settings, e.g. another run's config.toml.")]

@@ -28,6 +28,7 @@ from motet.cli.console import (
     plain,
     print_tables,
 )
+from motet.cli.mixtures import is_mixture, run_mixture
 
 
 def demo(
@@ -104,6 +105,11 @@ def run_command(
         if out is None:
             raise ConfigError("--resume needs --out, the folder of the run to go on with")
         config = out / "config.toml" if (out / "config.toml").exists() else None
+    if is_mixture(recipe, config):
+        if method not in (None, "mor"):
+            raise ConfigError(f"a mixture is a method of its own, got --method {method!r}; leave it out")
+        run_mixture(recipe, out, table, config, seed, resume, cache, as_json)
+        return
     if recipe is None and config is None:
         raise ConfigError(
             "a recipe is needed, got none; motet run voices needs no data, motet run --help lists them all"

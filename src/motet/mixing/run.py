@@ -1,0 +1,427 @@
+"""A run of MoR: deal, train clients, fit the router, judge it, train the server's model, write everything down.
+
+In:  ``MixingSettings``, a folder.
+Out: the folder: ``config.toml``, ``deal.json``, ``clients/``, ``router.safetensors``, ``rounds.jsonl``, ``policy/``,
+     ``evaluation.json``, ``summary.json``, ``report.html``; ``docs/mixture.md`` says what is in each.
+
+What the server is given: public pairs and questions, and the clients' scores. What it is never given: a client's pairs
+or parameters (the controls ``fedavg-reward`` and ``feddpo`` are given them, being what they are).
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from motet.algorithms.mor import Client, Prompt, Workshop, averaged_heads, parse_kind, train_client
+from motet.alignment.mixture import MixtureReward, See
+from motet.alignment.opened import OpenBase, open_base
+from motet.config import write_atomically, write_toml
+from motet.data.domains import DomainDeal, deal_domains
+from motet.errors import ConfigError, RunError
+from motet.experiment import locked
+from motet.mixing.card import mixture_card
+from motet.mixing.evaluate import control_rows, policy_table, spread_over_domains, summarise
+from motet.mixing.scores import (
+    METHODS,
+    ROUTED,
+    Judged,
+    Mixed,
+    fit_mixture,
+    leave_one_out,
+    robustness,
+    row,
+)
+from motet.mixing.server import (
+    CHECKPOINT,
+    POLICY,
+    ROUNDS,
+    STEPS,
+    answer,
+    train_server,
+    training_identity,
+    write_adapter,
+)
+from motet.mixing.settings import MixingSettings
+from motet.records import Image, Pair
+from motet.report import write_report
+from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder, open_backbone
+from motet.selector.eyes import eyes
+from motet.selector.features import embed_prompts
+from motet.trust.hostile import flip_pairs
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Whoever looks on."""
+
+    def said(self, text: str) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
+
+    def looked(self, row: Mapping[str, float]) -> None: ...
+
+
+class Silent:
+    """Looks on and says nothing."""
+
+    def said(self, text: str) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
+
+    def looked(self, row: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """Everything that routing and judging need."""
+
+    asked: MixingSettings
+    deal: DomainDeal
+    clients: tuple[Client, ...]
+    public: Judged
+    test: Judged
+    base: str
+    """Folder or name of the server's model."""
+    see: See
+    """Embeds prompts by the frozen base, for the router."""
+    seconds: Mapping[str, float]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the clients."""
+        return tuple(client.name for client in self.clients)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Of the clients, one each."""
+        return tuple(client.domain for client in self.clients)
+
+    def mixed(self, router: str) -> Mixed:
+        """The mixture of some routing, fitted to the public pairs."""
+        settings = self.asked.router.model_copy(update={"router": router})
+        return fit_mixture(self.public, settings, self.domains, self.names, self.asked.seed)
+
+
+def prepare_mixture(asked: MixingSettings, out: Path, cache: Path, watcher: Watcher) -> Ready:
+    """Deal, build the models with eyes, train every client, ask each to score public and held-out pairs."""
+    began = time.perf_counter()
+    deal = deal_domains(asked.domains, asked.seed)
+    for sentence in deal.said:
+        watcher.said(sentence)
+    workshop = Workshop(asked.clients, cache)
+    base = _base(asked, deal, cache, watcher)
+    built = time.perf_counter()
+    clients = _clients(asked, deal, workshop, cache, watcher)
+    trained = time.perf_counter()
+    see = _router_sight(asked, base, cache)
+    public, test = (
+        _judged(pairs, kinds, clients, see, watcher, what)
+        for pairs, kinds, what in ((deal.public, (), "public"), (deal.test, deal.test_kinds, "held-out"))
+    )
+    seconds = {
+        "seconds_models": built - began,
+        "seconds_clients": trained - built,
+        "seconds_features": time.perf_counter() - trained,
+    }
+    for client in clients:
+        client.keep(out / "clients" / client.name)
+    return Ready(asked, deal, clients, public, test, base, see, seconds)
+
+
+def _base(asked: MixingSettings, deal: DomainDeal, cache: Path, watcher: Watcher) -> str:
+    if asked.server.base != "eyes":
+        return model_folder(BackboneSettings(model=asked.server.base), cache)
+    settings = asked.eyes.model_copy(update={"steps": asked.server.base_steps})
+    questions = spread_over_domains(deal.questions["base"], asked.server.taught_questions, 0)
+    return str(eyes(cache, questions, settings, 0, _building(watcher, "the server's model")))
+
+
+def _building(watcher: Watcher, what: str) -> Callable[[int, int, float], None]:
+    return lambda done, total, _: watcher.stage(f"training {what}", done, total)
+
+
+def _clients(
+    asked: MixingSettings, deal: DomainDeal, workshop: Workshop, cache: Path, watcher: Watcher
+) -> tuple[Client, ...]:
+    found, half = [], len(deal.domains)
+    for place, dealt in enumerate(deal.clients):
+        word = asked.clients.kinds[place % len(asked.clients.kinds)]
+        kind, model = parse_kind(word)
+        if kind == "vlm" and model in (None, "eyes"):
+            own = [question for question in deal.questions["base"] if question.domain == dealt.domain]
+            word = f"vlm:{eyes(cache, own, asked.eyes, 1, _building(watcher, f'the model of {dealt.domain}'))}"
+        found.append(
+            train_client(
+                dealt.client_id, dealt.name, dealt.domain, dealt.train, word, asked.clients.varied and place >= half,
+                workshop, asked.head, asked.seed,
+            )
+        )  # fmt: skip
+        watcher.stage("training reward models", place + 1, len(deal.clients))
+    return tuple(found)
+
+
+def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
+    settings = BackboneSettings(
+        model=base, dtype=asked.server.base_dtype, device=asked.server.base_device, max_prompt_tokens=128
+    )
+    backbone = open_backbone(settings, cache)
+
+    def see(prompts: Sequence[Prompt], images: Sequence[Image | None] | None) -> Tensor:
+        return embed_prompts(backbone, prompts, images if images is not None else [None] * len(prompts), None)
+
+    return see
+
+
+def _judged(
+    pairs: Sequence[Pair],
+    kinds: Sequence[str],
+    clients: Sequence[Client],
+    see: Callable[..., Tensor],
+    watcher: Watcher,
+    what: str,
+) -> Judged:
+    rewards = []
+    for place, client in enumerate(clients):
+        rewards.append(client.pair_rewards(pairs))
+        watcher.stage(f"asking clients about {what} pairs", place + 1, len(clients))
+    embedding = see([pair.prompt for pair in pairs], [pair.image for pair in pairs])
+    return Judged(tuple(pairs), tuple(kinds), embedding.float(), torch.stack(rewards))
+
+
+def run_mixing(
+    asked: MixingSettings,
+    out: Path,
+    cache: Path,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    methods: Sequence[str] | None = None,
+    report: bool = True,
+) -> dict[str, Any]:
+    """Run one mixture and leave a folder that tells everything about it.
+
+    Args:
+        asked: Settings, see :func:`resolve_mixing`.
+        out: The run folder; it must not hold another run unless ``resume`` is set.
+        cache: Where models, features and pictures' embeddings are kept.
+        resume: Go on from the folder's checkpoint.
+        watcher: Told of every step.
+        methods: Names of ``METHODS`` that get a row; left out: every router.
+        report: Whether to write ``report.html``.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        MotetError: See the message.
+        KeyboardInterrupt: On Ctrl-C; models, features and the policy's last look are kept, and ``resume`` goes on.
+    """
+    watcher, began = watcher or Silent(), time.perf_counter()
+    if not resume and any((out / name).exists() for name in ("summary.json", CHECKPOINT, "config.toml")):
+        raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
+    named = list(methods) if methods is not None else list(ROUTED)
+    if unknown := [name for name in named if name not in METHODS]:
+        raise ConfigError(f"methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
+    with locked(out):
+        write_toml(out / "config.toml", asked.tables())
+        for stale in ("summary.json", "evaluation.json", "report.html"):
+            (out / stale).unlink(missing_ok=True)
+        ready = prepare_mixture(asked, out, cache, watcher)
+        deal = ready.deal
+        write_atomically(out / "deal.json", _json(_deal_table(asked, ready)))
+        evaluation: dict[str, Any] = {
+            "domains": list(deal.domains), "styles": dict(deal.styles), "clients": _client_rows(ready),
+            "routers": _method_rows(ready, named, cache, watcher), "controls": control_rows(ready.test),
+            "leave_one_out": {}, "robustness": [], "policy": None, "bytes": {}, "warnings": _warnings(ready),
+        }  # fmt: skip
+        settings = asked.router
+        common = (ready.public, ready.test)
+        if asked.server.leave_out and len(deal.domains) > 1:
+            watcher.said("leaving out each domain's clients once")
+            evaluation["leave_one_out"] = leave_one_out(*common, settings, ready.domains, ready.names, asked.seed)
+        if asked.server.attacks:
+            watcher.said("every attack, with 1, 2 and 3 hostile clients")
+            flipped = _flipped(ready, cache)
+            evaluation["robustness"] = robustness(
+                *common, flipped, settings, ready.domains, ready.names, asked.seed, asked.server.attack_draws
+            )
+        chosen = ready.mixed(settings.router)
+        mixture = MixtureReward(
+            {client.name: client.reward for client in ready.clients}, chosen.router, ready.see, settings,
+            chosen.calibration, blind=frozenset(client.name for client in ready.clients if not client.sees),
+        )  # fmt: skip
+        _keep_router(chosen, out)
+        if asked.server.policy_steps:
+            evaluation["policy"] = _policy(ready, mixture, out, watcher)
+        evaluation["bytes"] = _bytes(ready, out)
+        write_atomically(out / "evaluation.json", _json(evaluation))
+        summary = summarise(ready, evaluation, time.perf_counter() - began)
+        write_atomically(out / "summary.json", _json(summary))
+        if report:
+            write_report(out)
+        return summary
+
+
+def _client_rows(ready: Ready) -> list[dict[str, Any]]:
+    rows = []
+    for place, client in enumerate(ready.clients):
+        margin = ready.test.rewards[place, 0] - ready.test.rewards[place, 1]
+        won = ((margin > 0).double() + 0.5 * (margin == 0).double()).tolist()
+        accuracy = row(None, won, ready.test)["accuracy"]
+        others = [share for domain, share in accuracy.items() if domain != client.domain]
+        rows.append(
+            {
+                "name": client.name,
+                "kind": client.kind,
+                "domain": client.domain,
+                "model": Path(client.model).name,
+                "sees": client.sees,
+                "parameters": client.parameters,
+                "pairs": len(ready.deal.clients[place].train),
+                "accuracy": accuracy,
+                "own": accuracy.get(client.domain),
+                "elsewhere": sum(others) / len(others) if others else None,
+            }
+        )
+    return rows
+
+
+def _method_rows(ready: Ready, methods: Sequence[str], cache: Path, watcher: Watcher) -> list[dict[str, Any]]:
+    rows = []
+    for name in methods:
+        watcher.said(f"judging {METHODS[name]}")
+        about = {"name": ROUTED.get(name, name), "method": name, "title": METHODS[name]}
+        if name in ROUTED:
+            mixed = ready.mixed(ROUTED[name])
+            found = row(mixed, mixed.won(ready.test), ready.test)
+            if found["load"] is not None:
+                found["load"] = {
+                    domain: dict(zip(ready.names, some, strict=True)) for domain, some in found["load"].items()
+                }
+            rows.append({**about, "used": ROUTED[name] == ready.asked.router.router, **found})
+        elif name == "fedavg-reward":
+            rows.append({**about, "used": False, **_averaged(ready, cache)})
+        else:
+            from motet.mixing.feddpo import judge_feddpo
+
+            won, traffic = judge_feddpo(ready, watcher)
+            rows.append({**about, "used": False, **row(None, won, ready.test), "bytes": traffic})
+    return rows
+
+
+def _averaged(ready: Ready, cache: Path) -> dict[str, Any]:
+    """The control of averaged heads, mixed evenly."""
+    pairs = {dealt.name: dealt.train for dealt in ready.deal.clients}
+    clients, traffic = averaged_heads(ready.clients, pairs, ready.deal.public, ready.asked.head, cache)
+
+    def again(judged: Judged) -> Judged:
+        rewards = torch.stack([client.pair_rewards(judged.pairs) for client in clients])
+        return Judged(judged.pairs, judged.kinds, judged.embedding, rewards)
+
+    settings = ready.asked.router.model_copy(update={"router": "uniform"})
+    mixed = fit_mixture(again(ready.public), settings, ready.domains, ready.names, ready.asked.seed)
+    test = again(ready.test)
+    return {**row(None, mixed.won(test), test), "bytes": traffic}
+
+
+def _flipped(ready: Ready, cache: Path) -> dict[int, tuple[Tensor, Tensor]]:
+    """Of each client, its rewards for public and held-out pairs, had all its labels been flipped."""
+    found = {}
+    for place, (client, dealt) in enumerate(zip(ready.clients, ready.deal.clients, strict=True)):
+        pairs = flip_pairs(dealt.train, 1.0, ready.asked.seed)
+        other = client.trained_on(pairs, ready.asked.head, ready.asked.seed, cache)
+        found[place] = (other.pair_rewards(ready.deal.public), other.pair_rewards(ready.deal.test))
+    return found
+
+
+def _policy(ready: Ready, mixture: MixtureReward, out: Path, watcher: Watcher) -> dict[str, Any]:
+    asked, deal = ready.asked, ready.deal
+    place = find_device(asked.server.base_device)
+    base: OpenBase = open_base(ready.base, str(place), find_dtype(asked.server.base_dtype, place))
+    public = spread_over_domains(deal.questions["public"], len(deal.questions["public"]), asked.seed)
+    test = spread_over_domains(deal.questions["test"], asked.server.scored_questions, asked.seed)
+    identity = training_identity(
+        base, mixture, asked, [[question.prompt for question in public], ready.test.rewards[:, 0].tolist()]
+    )
+    if not (out / CHECKPOINT).exists():
+        (out / ROUNDS).unlink(missing_ok=True)
+    watcher.said(f"GRPO on {len(public)} public questions, rewards by {len(ready.clients)} clients")
+    began = time.perf_counter()
+    trained = train_server(
+        base, public, mixture, asked, out, identity,
+        lambda done, total: watcher.stage("GRPO", done, total), watcher.looked,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    write_atomically(out / STEPS, "".join(json.dumps(line) + "\n" for line in trained.log).encode())
+    watcher.said("answering held-out questions before and after")
+    before, after = (answer(base, test, asked.sampling, adapter) for adapter in (None, trained.adapter))
+    blind = None
+    if asked.server.blind and base.processor is not None:
+        first, last = (answer(base, test, asked.sampling, adapter, True) for adapter in (None, trained.adapter))
+        blind = (first, last)
+    found = policy_table(ready, mixture, before, after, blind, trained, out)
+    write_adapter(base, trained.adapter, out / POLICY, mixture_card(asked, base.name, found, trained))
+    return {**found, "seconds": seconds}
+
+
+def _keep_router(mixed: Mixed, out: Path) -> None:
+    """The router and the calibration, as files that hold everything but the clients."""
+    tensors = {f"router.{name}": tensor for name, tensor in mixed.router.tensors().items()}
+    tensors |= {f"calibration.{name}": tensor for name, tensor in mixed.calibration.tensors().items()}
+    kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    write_atomically(out / "router.safetensors", save(kept))
+    about = {"format": 1, "names": list(mixed.router.names), "router": mixed.settings.model_dump(mode="json")}
+    write_atomically(out / "router.json", _json(about))
+
+
+def _bytes(ready: Ready, out: Path) -> dict[str, Any]:
+    """What a step of GRPO sends and hears, and what averaging the adapter's parameters would take instead."""
+    lines = [json.loads(line) for line in (out / ROUNDS).read_text().splitlines()] if (out / ROUNDS).exists() else []
+    adapter = out / POLICY / "adapter_model.safetensors"
+    size = adapter.stat().st_size if adapter.exists() else None
+
+    def mean(name: str) -> float | None:
+        known = [line[name] for line in lines if line.get(name) is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        "query_per_step": mean("bytes_down"),
+        "answer_per_step": mean("bytes_up"),
+        "averaging_per_round": None if size is None else 2 * size * len(ready.clients),
+        "parameters_per_client": {client.name: 4 * client.parameters for client in ready.clients},
+    }
+
+
+def _deal_table(asked: MixingSettings, ready: Ready) -> dict[str, Any]:
+    deal = ready.deal
+    return {
+        "domains": list(deal.domains),
+        "styles": dict(deal.styles),
+        "clients": [
+            {"client_id": c.client_id, "name": c.name, "domain": c.domain, "kind": k.kind, "pairs": len(c.train)}
+            for c, k in zip(deal.clients, ready.clients, strict=True)
+        ],
+        "public": len(deal.public),
+        "test": len(deal.test),
+        "questions": {name: len(some) for name, some in deal.questions.items()},
+        "said": list(deal.said),
+    }
+
+
+def _warnings(ready: Ready) -> list[str]:
+    said = []
+    if len({client.kind for client in ready.clients}) < 2:
+        said.append("All clients are of one kind; routing between architectures is not shown.")
+    if not any(client.sees for client in ready.clients):
+        said.append("No client looks at pictures; right and wrong answers can only be told apart by their words.")
+    return said
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
