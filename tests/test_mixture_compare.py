@@ -286,7 +286,7 @@ def test_the_folder_tells_the_same_in_every_form(runs: Runs, tmp_path: Path) -> 
     console = Console(width=140, record=True, file=StringIO())
     console.print(first)
     assert "93.5 ±" in console.export_text()
-    assert ["kept of the clean accuracy, negated 2 hostile, robust setting, %", "98.0"] in [
+    assert ["clean accuracy kept, attack and hostile clients: negated 2, robust setting, %", "98.0"] in [
         r[:2] for r in further(table)
     ]
 

@@ -54,9 +54,11 @@ def drawn(table: Mapping[str, Any]) -> dict[str, Picture]:
     if not table["rows"]:
         return {}
     across = "answers by their length alone"
+    rows = [{**row, "title": CALLED.get(row["name"], row["title"]).removeprefix("the ")} for row in table["rows"]]
+    short = {**table, "rows": rows}  # whole titles have no room beside a drawing
     found = {
-        "accuracy": accuracies(table, "accuracy_min", DOTS, LINES, across),
-        "differences": forest(table, "accuracy_min", DOTS),
+        "accuracy": accuracies(short, "accuracy_min", DOTS, LINES, across),
+        "differences": forest(short, "accuracy_min", DOTS),
     }
     return {name: picture for name, picture in found.items() if picture is not None}
 
@@ -73,6 +75,7 @@ def page(table: Mapping[str, Any], pictures: Mapping[str, Picture]) -> str:
         "Seed by seed, on the same clients and pairs. Better and worse mean that the 95 % interval leaves out 0. Of "
         "twenty differences that are really none, one will look like one."
     )
+    folded = f"<details><summary>All {len(gaps)} differences</summary>{html_table(against, [gaps])}</details>"
     command = f"<pre><code>{escape(table['command'])}</code></pre>" if table.get("command") else ""
     return document(
         f"motet · {table['recipe']}, compared",
@@ -81,7 +84,7 @@ def page(table: Mapping[str, Any], pictures: Mapping[str, Picture]) -> str:
             section("Results", html_table(heads, cells), listed(mixture_notes(table))),
             section("Pictures", figures(list(pictures.values()))),
             section("The learned router, further", _further(table)),
-            section("Differences", f'<p class="note">{note}</p>', html_table(against, [gaps])) if gaps else "",
+            section("Differences", f'<p class="note">{note}</p>', folded) if gaps else "",
             section("How to repeat this", command),
         ],
     )
@@ -175,8 +178,8 @@ def further(table: Mapping[str, Any]) -> list[list[str]]:
     """What the runs know of the learned router beyond its accuracy: a domain left out, attacks, GRPO, bytes."""
     row: Row = next((row for row in table["rows"] if row["name"] == "mor"), {})
     named = [
-        ("accuracy without {}'s clients, %", "leave_one_out", 100),
-        ("kept of the clean accuracy, {} hostile, robust setting, %", "robustness_kept", 100),
+        ("accuracy without the clients of {}, %", "leave_one_out", 100),
+        ("clean accuracy kept, attack and hostile clients: {}, robust setting, %", "robustness_kept", 100),
         ("gain in exact answers by GRPO, {}, points", "exact_gain", 100),
         ("the same with shuffled pictures, {}, points", "exact_gain_blind", 100),
     ]
