@@ -13,6 +13,7 @@ its images with the training split, so it is not kept: images are dealt anew.
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,15 @@ def _type(row: Mapping[str, Any]) -> str:
 
 def _may_agree(one: str, other: str) -> bool:
     """Whether two answers may mean the same: all words of one are in the other, or they name one way of imaging."""
-    words, others = (set(re.findall(r"[a-z0-9]+", text)) - {"the", "a", "an", "of", "in"} for text in (one, other))
-    if words <= others or others <= words:
-        return True
-    return any(pattern.search(one) and pattern.search(other) for pattern in _SYNONYMS)
+    (words, ways), (others, other_ways) = _meaning(one), _meaning(other)
+    return words <= others or others <= words or bool(ways & other_ways)
+
+
+@cache
+def _meaning(answer: str) -> tuple[frozenset[str], frozenset[int]]:
+    """The words of an answer, and the ways of imaging it names."""
+    words = frozenset(re.findall(r"[a-z0-9]+", answer)) - {"the", "a", "an", "of", "in"}
+    return words, frozenset(way for way, pattern in enumerate(_SYNONYMS) if pattern.search(answer))
 
 
 def _said(answer: str, kind: str) -> Saying:
