@@ -292,8 +292,10 @@ def settle(command: str, words: list[str]) -> None:
     from motet.align import resolve_align
     from motet.alignment.sampling import SamplingSettings
     from motet.config import parse_words, settings
+    from motet.errors import ConfigError
     from motet.experiment import resolve
     from motet.judging import resolve_judging
+    from motet.mixing.settings import resolve_mixing
 
     ways: Mapping[str, Callable[[dict[str, Any]], object]] = {
         "align": resolve_align,
@@ -301,7 +303,13 @@ def settle(command: str, words: list[str]) -> None:
         "say": lambda given: settings(SamplingSettings, given, "--set"),
     }
     given = parse_words(words)
-    ways[command](given) if command in ways else resolve(None, given)
+    if command in ways:
+        ways[command](given)
+        return
+    try:
+        resolve(None, given)
+    except ConfigError:  # the settings of a mixture are others
+        resolve_mixing("mor-demo", given)
 
 
 def test_command_lines_on_the_pages_parse() -> None:

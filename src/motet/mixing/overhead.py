@@ -1,0 +1,160 @@
+"""Overhead: what routing and scoring add to a step of GRPO, measured on the machine at hand.
+
+In:  the demo's settings and its models, which are built into the cache where they are not there yet.
+Out: seconds of steps with the routed mixture and with a constant reward, in pairs.
+
+Both sides draw the same answers of the same model to the same questions: the learning rate is too small to move it.
+Each pair has questions of its own, and no score or embedding is kept from one pair to the next: it is the dear case, a
+first epoch. Clients are local, so nothing travels.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from motet.alignment.grpo import train_policy_grpo
+from motet.alignment.mixture import MixtureReward
+from motet.alignment.opened import OpenBase, open_base
+from motet.alignment.policy import start_policy
+from motet.alignment.stretches import Look
+from motet.data.questions import Question
+from motet.mixing.run import Ready, Silent, prepare_mixture
+from motet.mixing.settings import MixingSettings, resolve_mixing
+from motet.records import Image, Turn, generator
+from motet.selector.backbone import BackboneSettings, find_device, find_dtype, open_backbone
+from motet.selector.features import embed_prompts
+from motet.selector.heads import HeadReward
+from motet.selector.reward import RewardModel
+
+STEPS = 5
+"""Of one side of a pair; the first is not counted, for nothing marks its beginning."""
+
+
+class Pair(NamedTuple):
+    """Median seconds of a step on either side, and of scoring within it."""
+
+    mixture: float
+    constant: float
+    scoring: float
+
+
+class Constant:
+    """The same reward for every answer."""
+
+    name: str = "constant"
+    knows_tastes: bool = False
+
+    def score(
+        self,
+        prompts: Sequence[tuple[Turn, ...]],
+        answers: Sequence[str],
+        images: Sequence[Image | None] | None = None,
+        taste: Float[Tensor, "*answers latent"] | None = None,
+    ) -> Float[Tensor, " answers"]:
+        """See :class:`RewardModel`."""
+        return torch.zeros(len(answers))
+
+
+class Quiet:
+    """A reward without its statistics, so that both sides log alike."""
+
+    def __init__(self, reward: MixtureReward) -> None:
+        self.reward, self.name, self.knows_tastes = reward, reward.name, False
+
+    def score(
+        self,
+        prompts: Sequence[tuple[Turn, ...]],
+        answers: Sequence[str],
+        images: Sequence[Image | None] | None = None,
+        taste: Float[Tensor, "*answers latent"] | None = None,
+    ) -> Float[Tensor, " answers"]:
+        """See :class:`RewardModel`."""
+        return self.reward.score(prompts, answers, images, taste)
+
+
+def step_seconds(cache: Path, repeats: int, words: Mapping[str, Any] | None = None) -> list[Pair]:
+    """Pairs of timed trainings, the sides in turn; the first pair warms up and is left out.
+
+    Args:
+        cache: Where models are kept; with an empty one this takes as long as the demo.
+        repeats: Pairs that count.
+        words: Settings, in place of the demo's.
+    """
+    asked = resolve_mixing("mor-demo", words or {})
+    with tempfile.TemporaryDirectory() as folder:
+        ready = prepare_mixture(asked, Path(folder), cache, Silent())
+        place = find_device(asked.server.base_device)
+        base = open_base(ready.base, str(place), find_dtype(asked.server.base_dtype, place))
+        backbone = open_backbone(
+            BackboneSettings(
+                model=ready.base, dtype=asked.server.base_dtype, device=asked.server.base_device, max_prompt_tokens=128
+            ),
+            cache,
+        )
+
+        def see(prompts: Sequence[Any], images: Sequence[Image | None] | None) -> Tensor:
+            return embed_prompts(backbone, prompts, images, None)
+
+        questions, apiece = ready.deal.questions["public"], STEPS * asked.grpo.groups_per_step
+        pairs = []
+        for repeat in range(repeats + 1):
+            own = [questions[(repeat * apiece + place) % len(questions)] for place in range(apiece)]
+            scoring: list[float] = []
+
+            def with_mixture(own: Sequence[Question] = own, scoring: list[float] = scoring) -> float:
+                return _timed(base, asked, own, Quiet(_mixture(ready, see)), scoring)
+
+            def with_constant(own: Sequence[Question] = own) -> float:
+                return _timed(base, asked, own, Constant(), [])
+
+            # who goes first changes, so that neither has the quieter moments
+            if repeat % 2:
+                ours, theirs = with_mixture(), with_constant()
+            else:
+                theirs, ours = with_constant(), with_mixture()
+            pairs.append(Pair(ours, theirs, statistics.median(scoring)))
+    return pairs[1:]
+
+
+def _mixture(ready: Ready, see: Callable[[Sequence[Any], Sequence[Image | None] | None], Tensor]) -> MixtureReward:
+    """The routed mixture with nothing remembered."""
+    mixed = ready.mixed(ready.asked.router.router)
+    clients: dict[str, RewardModel] = {
+        client.name: replace(client.reward, cache=None) if isinstance(client.reward, HeadReward) else client.reward
+        for client in ready.clients
+    }
+    return MixtureReward(clients, mixed.router, see, ready.asked.router, mixed.calibration)
+
+
+def _timed(
+    base: OpenBase, asked: MixingSettings, questions: Sequence[Question], reward: RewardModel, scoring: list[float]
+) -> float:
+    """Median seconds of a step."""
+    ends: list[float] = []
+
+    def ended(_: int, row: Mapping[str, Any]) -> None:
+        ends.append(time.perf_counter())
+        scoring.append(row["scoring_seconds"])
+
+    grpo = asked.grpo.model_copy(
+        update={"grpo_steps": STEPS, "grpo_learning_rate": 1e-12, "drop_flat_groups": False, "group_mixtures": 0}
+    )
+    policy = asked.policy.model_copy(update={"check_every": STEPS})
+    start = start_policy(base, policy, torch.zeros(0, 0), generator(0, "overhead"))
+    images = [question.image for question in questions] if base.processor is not None else None
+    with tempfile.TemporaryDirectory() as folder:
+        train_policy_grpo(
+            base, start, [question.prompt for question in questions], torch.zeros(0, 0), reward, grpo, policy,
+            asked.sampling, 0, lambda worn: Look(0.0, 0.0), Path(folder) / "checkpoint.safetensors", "overhead",
+            images=images, step_log=ended,
+        )  # fmt: skip
+    return statistics.median(b - a for a, b in pairwise(ends))
