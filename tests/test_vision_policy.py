@@ -630,3 +630,57 @@ def test_the_reward_rises_where_its_picture_is_shown_and_not_where_another_is(ba
         ends.append(sum(rewards[-20:]) / 20)
     assert ends[0] > 0.61
     assert ends[1] < 0.56
+
+
+# --- other eyes
+
+
+def write_tiling_model(folder: Path) -> Path:
+    """A tiny Idefics3, whose pictures are cut into tiles, each framed by tokens of its own."""
+    from transformers import AutoTokenizer, Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(write_language_model(folder))
+    tokenizer.chat_template = None
+    frames = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    tokenizer.add_tokens(
+        [*frames, *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4))], special_tokens=True
+    )
+    eyes = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    Idefics3Processor(eyes, tokenizer, image_seq_len=4, chat_template=PARTS).save_pretrained(folder)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"model_type": "llama", "vocab_size": 300, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = Idefics3Config(
+        vision_config={**small, "image_size": 32, "patch_size": 8}, text_config={**small, **text, "pad_token_id": 0},
+        scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0,
+    )  # fmt: skip
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_cuts_pictures_into_tiles(tmp_path: Path, spied: list[dict[str, Tensor]]) -> None:
+    tiling = open_base.__wrapped__(str(write_tiling_model(tmp_path)), "cpu")
+    images = [RED, None, Image(60, 20, bytes(3600)), Image(40, 64, bytes(reversed(range(240))) * 32)]
+    whole = read(tiling, PROMPTS[0], RED)
+    kept = tiling.tokenizer.decode(cut(tiling, whole, 8))
+    assert kept.count("<image>") == whole.count(picture_token(tiling)) == 20
+    assert kept.startswith("<user><fake_token_around_image><row_1_col_1><image>")
+    assert kept.endswith("<fake_token_around_image>is it?<end><assistant>")
+    found = sample(tiling, PROMPTS, SAMPLING, 0, images=images, greedy=True)
+    for prompt, image, answer in zip(PROMPTS, images, found, strict=True):
+        tokens: list[int] = []
+        for _ in answer.tokens:
+            logits = alone(tiling, prompt, image, tokens)[-1]
+            logits[picture_token(tiling)] = -torch.inf
+            tokens.append(int(logits.argmax()))
+        assert list(answer.tokens) == tokens
+    settings = FEW.model_copy(update={"grpo_steps": 1, "groups_per_step": 4})
+    groups = plan(PROMPTS, NO_TASTES, settings, 4, images)
+    trained(tiling, start_policy(tiling, POLICY, NO_TASTES, generator(0)), tmp_path, settings, images=images)
+    for batch in spied:
+        for row, number in enumerate(batch["group"].tolist()):
+            answer_ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
+            wanted = logps(tiling, groups[number].prompt, groups[number].image, answer_ids)
+            torch.testing.assert_close(batch["logps"][row, : len(answer_ids)], wanted, atol=2e-4, rtol=1e-4)
