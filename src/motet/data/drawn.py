@@ -145,8 +145,8 @@ def _charts(dice: Dice) -> Drawing:
 
 
 def _tables(dice: Dice) -> Drawing:
-    """A grid of two to four rows and columns of coloured cells."""
-    rows, columns = dice.number(2, 4), dice.number(2, 4)
+    """A grid of one to three rows and columns of coloured cells: so few that each cell fills a patch."""
+    rows, columns = dice.number(1, 3), dice.number(1, 3)
     cells = {place: dice.one(list(COLOURS)) for place in np.ndindex(rows, columns)}
     canvas = _canvas(dice, (240, 240, 240), 6)
     for (row, column), colour in cells.items():
@@ -156,9 +156,9 @@ def _tables(dice: Dice) -> Drawing:
     corner = dice.one(CORNERS)
     what = (f"what colour is the {corner} cell", f"which colour does the {corner} cell have")
     asked = [_choice("cell", what, cells[at[corner]], COLOURS, f"the {corner} cell is {{}}")]
-    asked.append(_counted(("how many rows are there", "how many rows do you see"), rows, "row", least=2))
+    asked.append(_counted(("how many rows are there", "how many rows do you see"), rows, "row"))
     what = ("how many columns are there", "how many columns do you see")
-    asked.append(_counted(what, columns, "column", least=2))
+    asked.append(_counted(what, columns, "column"))
     corner, yes = dice.one(CORNERS), dice.coin()
     true = cells[at[corner]]
     said = true if yes else dice.one([colour for colour in COLOURS if colour != true])
@@ -340,10 +340,10 @@ def _form(canvas: _Canvas, thing: Thing, x: int, y: int, radius: int) -> None:
 
 
 _WORDS = """
-a and are bar bars behind blue bottom bright cell circle colour columns cyan dark do does four front grass green have
-how in is large left many night no not object objects of on one or organ picture purple red right rows see shape
-shorter shortest side size sky small spot square taller tallest than the there three tone top triangle two what where
-which yellow yes you
+a and are bar bars behind blue bottom bright cell circle colour column columns cyan dark do does four front grass
+green have how in is large left many night no not object objects of on one or organ picture purple red right row rows
+see shape shorter shortest side size sky small spot square taller tallest than the there three tone top triangle two
+what where which yellow yes you
 """
 WORDS = tuple(_WORDS.split())
 """Every word of the drawn set, in questions and in answers."""
