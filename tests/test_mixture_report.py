@@ -19,6 +19,7 @@ from motet.report import summary_table, write_report
 from motet.report.examples import MOST, taken_in_turn
 from motet.report.fused import second, verdict
 from motet.report.mixture_folder import read_mixture
+from motet.report.routing import training
 
 DOMAINS = ("detail", "medical", "tables", "charts", "shapes")
 STYLES = {"detail": "explained", "medical": "terse", "tables": "terse", "charts": "explained", "shapes": "terse"}
@@ -384,6 +385,15 @@ def test_every_text_of_the_logs_is_escaped(tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert bad in "".join(page.words)
+
+
+def test_where_normalisation_makes_the_mean_reward_nought_its_spread_is_drawn(tmp_path: Path) -> None:
+    folder = mixture_folder(tmp_path / "run", steps=4)
+    lines = [json.loads(line) | {"reward": 1e-9} for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (first, *_) = training(read_mixture(folder))
+    assert first.title == "Reward: its spread within a group"
+    assert "The mean is nought in each group" in first.caption
 
 
 @pytest.mark.usefixtures("undrawn")

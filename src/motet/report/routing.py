@@ -25,6 +25,8 @@ ACROSS = 3
 """Small panels side by side."""
 DASHES = (("dots", ":"), ("dash", "--"), ("line", "-"))
 """Lines of the controls, in their order: as the key has them, as the drawing has them."""
+BY_DESIGN = 1e-3
+"""Means of fused rewards below this are nought by normalisation, but for rounding."""
 SMOOTH_FROM = 30
 """With more steps than these, a running mean lies over the single steps."""
 
@@ -111,12 +113,11 @@ def training(run: MixtureRun) -> list[Picture]:
     """Step by step: the fused reward, how the weight is spread, whether clients agree, the distance so far."""
     most = math.log(len(run.clients)) if len(run.clients) > 1 else None
     found = [
-        _curve(run, "reward", "Reward", "fused reward", "Mean over the step's answers of the fused, normalised reward.",
-               band="reward_std"),
+        _fused_reward(run),
         _curve(run, "entropy", "Spread of the weights", "nats", "Entropy of the routing weights, a mean over the "
                "step's prompts: 0 where one client has the say; dotted: a uniform mean.", level=most, bottom=0.0),
-        _curve(run, "agreement", "Agreement of the clients", "correlation", "Mean correlation of the clients' rewards "
-               "over the answers to one prompt; below 0 they contradict each other."),
+        _curve(run, "agreement", "Agreement of the clients", "agreement", "How alike the clients order the answers "
+               "to one prompt: 1 all alike, 0 by chance, below 0 they contradict each other."),
         _curve(run, "token_kl", "KL while training", "nats per token", "Distance of the answers from the base, as the "
                "training itself estimates it.", bottom=0.0),
     ]  # fmt: skip
@@ -251,6 +252,21 @@ def _points(run: MixtureRun, key: str, name: str | None = None) -> list[tuple[in
         (int(row["round"]), row.get(key) if name is None else (row.get(key) or {}).get(name)) for row in run.rounds
     ]
     return [(step, value) for step, raw in found if (value := number(raw)) is not None]
+
+
+def _fused_reward(run: MixtureRun) -> Picture | None:
+    """The mean reward; where z-scores make it nought in every group, its spread instead."""
+    means = [abs(value) for _, value in _points(run, "reward")]
+    if not means or max(means) > BY_DESIGN:
+        return _curve(
+            run, "reward", "Reward", "fused reward", "Mean over the step's answers of the fused reward.", "reward_std"
+        )  # fmt: skip
+    caption = (
+        "Standard deviation. The mean is nought in each group, for so rewards are normalised; whether answers get better "
+        "shows in the gain at each look and in the clients' own rewards. Where the spread nears nought there is little "
+        "left to learn from."
+    )
+    return _curve(run, "reward_std", "Reward: its spread within a group", "fused reward", caption, bottom=0.0)
 
 
 def _curve(
