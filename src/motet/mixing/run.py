@@ -22,7 +22,7 @@ from torch import Tensor
 from motet.algorithms.mor import Client, Prompt, Workshop, averaged_heads, parse_kind, train_client
 from motet.alignment.mixture import MixtureReward, See
 from motet.alignment.opened import OpenBase, open_base
-from motet.config import write_atomically, write_toml
+from motet.config import read_toml, write_atomically, write_toml
 from motet.data.domains import DomainDeal, deal_domains
 from motet.errors import ConfigError, RunError
 from motet.experiment import locked
@@ -40,6 +40,7 @@ from motet.mixing.scores import (
 )
 from motet.mixing.server import (
     CHECKPOINT,
+    JUDGING,
     POLICY,
     ROUNDS,
     STEPS,
@@ -229,6 +230,8 @@ def run_mixing(
     if unknown := [name for name in named if name not in METHODS]:
         raise ConfigError(f"methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
     with locked(out):
+        if resume and (out / "config.toml").exists():  # before the folder is written to: a refused run stays as it was
+            _same_settings(asked, out / "config.toml")
         write_toml(out / "config.toml", asked.tables())
         for stale in ("summary.json", "evaluation.json", "report.html"):
             (out / stale).unlink(missing_ok=True)
@@ -266,6 +269,26 @@ def run_mixing(
         if report:
             write_report(out)
         return summary
+
+
+def _same_settings(asked: MixingSettings, path: Path) -> None:
+    """Refuse to go on with a run under other settings, but for those that only judge."""
+    before, now = read_toml(path), asked.tables()
+    for table, values in now.items():
+        old = before.get(table, {} if isinstance(values, Mapping) else None)
+        if not isinstance(values, Mapping):
+            if old != values:
+                raise RunError(
+                    f"the run in {str(path.parent)!r} has {table} {old!r}, got {values!r}; choose another --out"
+                )
+            continue
+        for name, value in values.items():
+            kept = list(value) if isinstance(value, tuple) else value
+            if name not in (*JUDGING, "data") and old.get(name) != kept:
+                raise RunError(
+                    f"the run in {str(path.parent)!r} has {name} {old.get(name)!r}, got {value!r}; give the same "
+                    "settings to go on with it, or choose another --out"
+                )
 
 
 def _client_rows(ready: Ready) -> list[dict[str, Any]]:

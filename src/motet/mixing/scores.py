@@ -182,8 +182,14 @@ PLAIN, ROBUST = "plain", "robust"
 
 
 def robust(settings: RouterSettings) -> RouterSettings:
-    """The documented robust setting: clients below half on public pairs are not heard, no client above 35 %."""
-    return settings.model_copy(update={"weight_cap": 0.35, "least_accuracy": 0.5})
+    """The documented robust setting: who is right on fewer than half of the public pairs near a prompt is not heard
+    about it, and the outer fifths of the weight are trimmed."""
+    return settings.model_copy(update={"least_accuracy": 0.5, "fusion": "trimmed", "trim": 0.2})
+
+
+def trusting(settings: RouterSettings) -> RouterSettings:
+    """The setting that trusts everybody, beside it."""
+    return settings.model_copy(update={"least_accuracy": 0.0, "fusion": "mean", "weight_cap": None})
 
 
 def robustness(
@@ -210,10 +216,7 @@ def robustness(
 
     A hostile client is hostile when the router is fitted, too: what it says of public pairs is attacked alike.
     """
-    clean = {
-        mode: accuracy(fit_mixture(public, some, domains, names, seed).won(test), test)
-        for mode, some in ((PLAIN, settings), (ROBUST, robust(settings)))
-    }
+    clean = accuracy(fit_mixture(public, settings, domains, names, seed).won(test), test)
     rows = []
     for name in (FLIPPED, *ATTACKS):
         for hostile in (1, 2, 3):
@@ -223,7 +226,7 @@ def robustness(
                 torch.randperm(len(names), generator=generator(seed, "hostile", draw))[:hostile].tolist()
                 for draw in range(draws)
             ]
-            for mode, some in ((PLAIN, settings), (ROBUST, robust(settings))):
+            for mode, some in ((PLAIN, trusting(settings)), (ROBUST, robust(settings))):
                 found = []
                 for who in drawn:
                     dirty_public, dirty_test = (
@@ -239,8 +242,8 @@ def robustness(
                         "hostile": hostile,
                         "setting": mode,
                         "accuracy_mean": mean,
-                        "kept": mean / clean[PLAIN],
-                        "least_kept": min(found) / clean[PLAIN],
+                        "kept": mean / clean,
+                        "least_kept": min(found) / clean,
                         "who": [[names[k] for k in who] for who in drawn],
                     }
                 )

@@ -35,6 +35,11 @@ from motet.records import Image, Turn, generator
 
 CHECKPOINT, STEPS, ROUNDS, POLICY = "checkpoint.safetensors", "steps.jsonl", "rounds.jsonl", "policy"
 NO_TASTE = torch.zeros(0, 0)
+JUDGING = (
+    "blind", "attacks", "attack_draws", "leave_out", "examples", "scored_questions", "feddpo_rounds", "feddpo_steps",
+    "feddpo_learning_rate",
+)  # fmt: skip
+"""Settings of the server that no training depends on."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +127,14 @@ def train_server(
         base, start, [question.prompt for question in training], NO_TASTE, Told(mixture), grpo, asked.policy,
         asked.sampling, asked.seed, _looker(base, mixture, validation, asked, looked), out / CHECKPOINT, identity,
         lambda step, _: stepped(step, asked.server.policy_steps),
-        images=_shown(base, training), step_log=log,
+        images=[question.image for question in training], step_log=log,  # clients look, even where the base cannot
     )  # fmt: skip
 
 
 def training_identity(base: OpenBase, mixture: MixtureReward, asked: MixingSettings, parts: Sequence[object]) -> str:
     """A name for all that a training depends on."""
     tables = asked.tables()
-    for name in ("blind", "attacks", "attack_draws", "leave_out", "examples", "scored_questions"):
+    for name in JUDGING:
         tables["server"].pop(name)
     tables["domains"].pop("data")
     digest = hashlib.sha256(json.dumps([tables, weights_key(base), mixture.name], sort_keys=True).encode())

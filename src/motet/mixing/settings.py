@@ -46,7 +46,7 @@ class ServerSettings(Section):
     """Whether to score it with the pictures of other questions, too: what is right then owes nothing to seeing."""
     attacks: bool = True
     """Whether to try every attack with 1, 2 and 3 hostile clients."""
-    attack_draws: int = Field(4, ge=1)
+    attack_draws: int = Field(2, ge=1)
     """How many draws of who is hostile an attack's figure is the mean of."""
     leave_out: bool = True
     """Whether to leave out each domain's clients once."""
