@@ -42,6 +42,8 @@ PREFERS: Mapping[str, Style] = {
 PARTS = ("test", "public", "base", "clients")
 """The parts of a deal, in the order in which they take pictures."""
 _SHARES = {"test": 0.2, "public": 0.15, "base": 0.25, "clients": 0.4}
+_BASE_STREAM = 1 << 20
+"""Seeds of drawn pictures for bases begin here, far from those of runs."""
 _SLACK = 3
 """A picture that is taken whole may bring more questions than were wanted: up to this many, drawn."""
 
@@ -70,7 +72,10 @@ class DomainSettings(Section):
     test_pairs: int = Field(default=400, ge=1)
     """Pairs that rewards are judged on; of all domains together."""
     base_questions: int = Field(default=2000, ge=0)
-    """Questions that the base is first taught to answer; of all domains together."""
+    """Questions that models are first taught to answer, before any preference; of all domains together."""
+    base_seed: int = Field(default=0, ge=0)
+    """Decides which questions those are. Apart from the seed of a run, so that all runs of a comparison begin with the
+    same models; no run deals their pictures to anybody."""
     public_questions: int = Field(default=400, ge=0)
     """Questions that the server samples answers to; about the pictures of the public pairs, of all domains together."""
     test_questions: int = Field(default=400, ge=0)
@@ -134,10 +139,16 @@ def deal_domains(settings: DomainSettings, seed: int) -> DomainDeal:
             "base": _Want(0, _even(settings.base_questions, domains, place)),
             "clients": _Want(settings.pairs_per_client * len(own), 0),
         }
-        count = sum(want.most for want in wants.values()) + _SLACK * (len(PARTS) + len(own))
+        count = sum(want.most for part, want in wants.items() if part != "base") + _SLACK * (len(PARTS) + len(own))
         found, sources = _questions(settings, domain, count, seed)
         said += sources
-        dealt = _split(found, {part: want.most for part, want in wants.items()}, len(own), seed, domain)
+        first = _base_of_drawn(settings, domain, wants["base"].most)
+        most = {part: want.most for part, want in wants.items()} | ({} if first is None else {"base": 0})
+        taken = {question.group for question in first or ()}
+        rest = [question for question in found if question.group not in taken]
+        dealt = _split(rest, most, len(own), seed, domain, settings.base_seed)
+        if first is not None:
+            dealt["base"] = [[(question,) for question in first]]
         writer = _Writer(styles[domain], settings.style_share if settings.conflict else 0.0, seed)
         for part in ("public", "test"):
             made = writer.pairs(dealt[part][0], wants[part].pairs, part)
@@ -216,6 +227,11 @@ def _short(got: int, wanted: int, what: str) -> list[str]:
 # reading
 
 
+def _base_of_drawn(settings: DomainSettings, domain: str, count: int) -> Sequence[Question] | None:
+    """Drawn questions for bases, from a stream of their own; none of real data, which a split takes them from."""
+    return drawn(domain, count, _BASE_STREAM + settings.base_seed) if settings.data is None else None
+
+
 def _questions(
     settings: DomainSettings, domain: str, count: int, seed: int
 ) -> tuple[tuple[Question, ...], tuple[str, ...]]:
@@ -242,34 +258,43 @@ def _read(domain: str, folder: str, image_pixels: int) -> tuple[tuple[Question, 
 
 
 def _split(
-    questions: Iterable[Question], wants: Mapping[str, int], clients: int, seed: int, domain: str
+    questions: Iterable[Question], wants: Mapping[str, int], clients: int, seed: int, domain: str, base_seed: int
 ) -> dict[str, list[list[tuple[Question, ...]]]]:
-    """The questions by picture, for each part: one list of pictures, and for ``clients`` one list a client."""
+    """The questions by picture, for each part: one list of pictures, and for ``clients`` one list a client.
+
+    The base takes its pictures first, in an order that the seed of the run does not change.
+    """
     by_group: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_group[question.group].append(question)
-    names = sorted(by_group, key=lambda name: hashlib.sha256(f"{seed}/domains/split/{name}".encode()).digest())
-    groups = [tuple(by_group[name]) for name in names]
+    groups = {name: tuple(some) for name, some in by_group.items()}
     parts = [part for part in PARTS if wants[part]]
     if len(groups) < len(parts) - 1 + clients:
         raise DataError(
             f"domain {domain!r} has {len(groups)} pictures for {clients} clients and {len(parts) - 1} other parts, "
             "each needs one of its own; lower clients or leave the domain out"
         )
-    quotas = _quotas(wants, sum(map(len, groups)))
+    supply = sum(map(len, groups.values()))
+    # however many are asked for bases, most of the pictures are left for preferences
+    quotas = _quotas({**wants, "base": min(wants["base"], int(supply * _SHARES["base"]))}, supply)
     dealt: dict[str, list[list[tuple[Question, ...]]]] = {part: [[]] for part in PARTS}
-    left = iter(groups)
     spare = len(groups) - (len(parts) - 1 + clients)
-    for part in parts[:-1]:
-        taken = [next(left)]
-        while spare and sum(map(len, taken)) < quotas[part]:
-            taken.append(next(left))
+    for part in sorted(parts[:-1], key=lambda part: part != "base"):
+        left = iter(_in_order(groups, f"{base_seed}/domains/base" if part == "base" else f"{seed}/domains/split"))
+        names = [next(left)]
+        while spare and sum(len(groups[name]) for name in names) < quotas[part]:
+            names.append(next(left))
             spare -= 1
-        dealt[part] = [taken]
+        dealt[part] = [[groups.pop(name) for name in names]]
     held: list[list[tuple[Question, ...]]] = [[] for _ in range(clients)]
-    for group in left:
+    for group in (groups[name] for name in _in_order(groups, f"{seed}/domains/split")):
         min(held, key=lambda own: sum(map(len, own))).append(group)
     return dealt | {"clients": held}
+
+
+def _in_order(groups: Iterable[str], named: str) -> list[str]:
+    """The names in an order that only they and ``named`` decide."""
+    return sorted(groups, key=lambda name: hashlib.sha256(f"{named}/{name}".encode()).digest())
 
 
 def _quotas(wants: Mapping[str, int], supply: int) -> dict[str, int]:
