@@ -28,7 +28,7 @@ from motet.selector.eyes_training import (
     train_eyes,
 )
 
-SMALL = EyesSettings(width=16, layers=1, heads=2, steps=2, batch_questions=4)
+SMALL = EyesSettings(eyes_width=16, eyes_layers=1, eyes_heads=2, eyes_steps=2, eyes_batch=4)
 code = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite_pytorch") is None,
     reason="needs the package efficientnet-lite-pytorch, which make install brings",
@@ -70,7 +70,7 @@ def real_question(text: str, terse: str, explained: str) -> Question:
 @pytest.mark.parametrize("vocabulary", ["words", "pieces"])
 def test_what_was_taught_can_be_said(vocabulary: Any) -> None:
     asked = real_question("How much, in all?", "$3.50", "In all, it is $3.50. That is 3/4.")
-    settings = EyesSettings(vocabulary=vocabulary, most_tokens=400)
+    settings = EyesSettings(eyes_vocabulary=vocabulary, eyes_words=400)
     tokenizer = build_processor([asked], settings).tokenizer
     for text in asked.right:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -82,7 +82,7 @@ def test_words_that_were_not_taught_are_unknown_and_pieces_can_say_anything() ->
     asked = real_question("How much?", "two", "it is two")
     words = build_processor([asked], EyesSettings()).tokenizer
     assert words.convert_ids_to_tokens(words("it is zwölf")["input_ids"]) == ["it", "is", "<unknown>"]
-    pieces = build_processor([asked], EyesSettings(vocabulary="pieces", most_tokens=300)).tokenizer
+    pieces = build_processor([asked], EyesSettings(eyes_vocabulary="pieces", eyes_words=300)).tokenizer
     assert pieces.decode(pieces("it is Zwölf 17")["input_ids"]) == "it is zwölf 17"
 
 
@@ -103,7 +103,7 @@ def test_the_chat_takes_texts_and_parts() -> None:
 
 def test_width_must_fit_the_heads() -> None:
     with pytest.raises(ValueError, match="width must be a multiple of twice the 4 heads, got 20"):
-        EyesSettings(width=20)
+        EyesSettings(eyes_width=20)
 
 
 # --- the model
@@ -135,7 +135,7 @@ def test_a_seed_makes_the_same_model_and_its_twin_another(
 ) -> None:
     told: list[int] = []
     for name, seed, blind in (("a", 0, False), ("b", 0, False), ("c", 1, False), ("d", 0, True)):
-        settings = SMALL.model_copy(update={"blind": blind})
+        settings = SMALL.model_copy(update={"eyes_blind": blind})
         train_eyes(questions, settings, seed, tmp_path / name, lambda done, total, loss: told.append(done))
     saved = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"}
     assert saved["a"] == saved["b"]
@@ -232,7 +232,7 @@ def test_shuffling_deals_out_the_pictures_of_a_domain_anew() -> None:
 @weights
 def test_it_reads_pictures(tmp_path: Path) -> None:
     taught, asked = drawn("charts", 1500, 1), drawn("charts", 200, 2)
-    model, processor = open_eyes(eyes(tmp_path, taught, EyesSettings(steps=250), 0))
+    model, processor = open_eyes(eyes(tmp_path, taught, EyesSettings(eyes_steps=250), 0))
     seeing, blind = accuracy(model, processor, asked), blind_accuracy(model, processor, asked)
     assert seeing > blind + 0.15
     assert seeing > 0.5

@@ -139,7 +139,7 @@ def prepare_mixture(asked: MixingSettings, out: Path, cache: Path, watcher: Watc
 def _base(asked: MixingSettings, deal: DomainDeal, cache: Path, watcher: Watcher) -> str:
     if asked.server.base != "eyes":
         return model_folder(BackboneSettings(model=asked.server.base), cache)
-    settings = asked.eyes.model_copy(update={"steps": asked.server.base_steps})
+    settings = asked.eyes.model_copy(update={"eyes_steps": asked.server.base_steps})
     questions = spread_over_domains(deal.questions["base"], asked.server.taught_questions, 0)
     return str(eyes(cache, questions, settings, 0, _building(watcher, "the server's model")))
 

@@ -32,7 +32,7 @@ class ServerSettings(Section):
     that reads texts only is asked without the pictures."""
     base_steps: int = Field(400, ge=1)
     """Steps of training of the server's own small model, where it is ``eyes``; few leave it something to learn."""
-    taught_questions: int = Field(2000, ge=1)
+    taught_questions: int = Field(4000, ge=1)
     """Questions with answers that the server's own small model is taught, of those for bases."""
     policy_steps: int = Field(0, ge=0)
     """Steps of GRPO with the routed mixture; 0 trains no policy: reward models and routing only."""
@@ -72,6 +72,8 @@ TABLES: Mapping[str, type[Section]] = {
     "sampling": SamplingSettings,
 }
 USUAL: Mapping[str, Mapping[str, Any]] = {
+    "domains": {"base_questions": 20_000},
+    "eyes": {"eyes_steps": 900},
     "policy": {
         "lora_rank": 16, "lora_alpha": 32.0, "kl_budget": 5.0, "check_every": 50, "validation_prompts": 100,
         "lora_targets": (

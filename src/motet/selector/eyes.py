@@ -49,34 +49,34 @@ Watch = Callable[[int, int, float], None]
 class EyesSettings(Section):
     """The small vision-language model, and how it is trained."""
 
-    width: int = Field(128, ge=8)
+    eyes_width: int = Field(128, ge=8)
     """Width of the language model."""
-    layers: int = Field(3, ge=1)
+    eyes_layers: int = Field(3, ge=1)
     """Its layers."""
-    heads: int = Field(4, ge=1)
+    eyes_heads: int = Field(4, ge=1)
     """Its attention heads; they share the width."""
-    image_pixels: int = Field(96, ge=32, multiple_of=32)
+    eyes_pixels: int = Field(96, ge=32, multiple_of=32)
     """Width and height to which every picture is brought; a token of the model sees 32 by 32 of them."""
-    vocabulary: Literal["words", "pieces"] = "words"
+    eyes_vocabulary: Literal["words", "pieces"] = "words"
     """What a text is cut into: the words of the training questions, any other being unknown; or pieces of bytes, learnt
     from them, which can say anything."""
-    most_tokens: int = Field(3000, ge=64)
+    eyes_words: int = Field(3000, ge=64)
     """Most words, or most pieces, that the vocabulary holds."""
-    steps: int = Field(1500, ge=1)
+    eyes_steps: int = Field(1500, ge=1)
     """Steps of training; fewer leave a weaker model, with something left to learn."""
-    batch_questions: int = Field(64, ge=1)
+    eyes_batch: int = Field(64, ge=1)
     """Questions in a step."""
-    learning_rate: float = Field(2e-3, gt=0)
+    eyes_learning_rate: float = Field(2e-3, gt=0)
     """Of AdamW at its highest: it rises for 5 % of the steps and falls along half a cosine."""
     explained_share: float = Field(0.5, ge=0, le=1)
     """Share of the answers taught in a sentence, drawn anew in each step; the rest are terse."""
-    blind: bool = False
+    eyes_blind: bool = False
     """Teach each question with any picture of its domain, at random: the twin with nothing to see, a control."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "EyesSettings":
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
+        if self.eyes_width % (2 * self.eyes_heads):
+            raise ValueError(f"eyes_width must be a multiple of twice the {self.eyes_heads} heads, got {self.eyes_width}")
         return self
 
 

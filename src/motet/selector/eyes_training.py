@@ -73,18 +73,18 @@ def build_model(processor: Any, settings: EyesSettings, seed: int) -> Any:
 
     quiet_libraries()
     register()
-    tower = pretrained_tower(settings.image_pixels)
+    tower = pretrained_tower(settings.eyes_pixels)
     tokenizer = processor.tokenizer
     named = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=settings.width, intermediate_size=3 * settings.width,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+        vocab_size=len(tokenizer), hidden_size=settings.eyes_width, intermediate_size=3 * settings.eyes_width,
+        num_hidden_layers=settings.eyes_layers, num_attention_heads=settings.eyes_heads, num_key_value_heads=settings.eyes_heads,
         max_position_embeddings=CONTEXT_TOKENS, tie_word_embeddings=True,
-        initializer_range=settings.width**-0.5, **named,  # with the usual 0.02 it learns half as fast
+        initializer_range=settings.eyes_width**-0.5, **named,  # with the usual 0.02 it learns half as fast
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=tower.config, text_config=text, image_token_index=processor.image_token_id,
-        image_seq_length=(settings.image_pixels // tower.config.patch_size) ** 2, vision_feature_layer=-1,
+        image_seq_length=(settings.eyes_pixels // tower.config.patch_size) ** 2, vision_feature_layer=-1,
         vision_feature_select_strategy="full", **named,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -100,13 +100,13 @@ def build_processor(questions: Sequence[Question], settings: EyesSettings) -> An
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
     texts = [text for question in questions for text in _texts(question)]
-    if settings.vocabulary == "words":
+    if settings.eyes_vocabulary == "words":
         whole = Tokenizer(models.WordLevel({}, unk_token="<unknown>"))
         marks = pre_tokenizers.Split(Regex(r"[.,;:?!]+(?=\s|$)"), behavior="isolated")  # not the point inside 2.5
         whole.pre_tokenizer = pre_tokenizers.Sequence([marks, pre_tokenizers.WhitespaceSplit()])
         whole.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # blanks between words, none before a comma
         trainer: Any = trainers.WordLevelTrainer(
-            vocab_size=settings.most_tokens, special_tokens=list(SPECIALS), show_progress=False
+            vocab_size=settings.eyes_words, special_tokens=list(SPECIALS), show_progress=False
         )
     else:
         whole = Tokenizer(models.BPE())
@@ -115,7 +115,7 @@ def build_processor(questions: Sequence[Question], settings: EyesSettings) -> An
         )
         whole.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=settings.most_tokens, special_tokens=list(SPECIALS), show_progress=False,
+            vocab_size=settings.eyes_words, special_tokens=list(SPECIALS), show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
     whole.normalizer = normalizers.Lowercase()
@@ -128,7 +128,7 @@ def build_processor(questions: Sequence[Question], settings: EyesSettings) -> An
     )  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     return LlavaProcessor(
-        image_processor(settings.image_pixels), tokenizer, patch_size=32, vision_feature_select_strategy="full",
+        image_processor(settings.eyes_pixels), tokenizer, patch_size=32, vision_feature_select_strategy="full",
         chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=0,
     )  # fmt: skip
 
@@ -252,29 +252,29 @@ def _teach(
     rest = [weight for weight in weights if weight.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-        lr=settings.learning_rate, betas=(0.9, 0.98),
+        lr=settings.eyes_learning_rate, betas=(0.9, 0.98),
     )  # fmt: skip
     dice = generator(seed, "eyes")
     order: list[int] = []
     model.train()
-    for step in range(settings.steps):
-        while len(order) < settings.batch_questions:
+    for step in range(settings.eyes_steps):
+        while len(order) < settings.eyes_batch:
             order += torch.randperm(len(lessons), generator=dice).tolist()
-        batch, order = order[: settings.batch_questions], order[settings.batch_questions :]
+        batch, order = order[: settings.eyes_batch], order[settings.eyes_batch :]
         styles = (torch.rand(len(batch), generator=dice) < settings.explained_share).long().tolist()
         shown = [lessons[i].picture for i in batch]
-        if settings.blind:
+        if settings.eyes_blind:
             draws = torch.rand(len(batch), generator=dice).tolist()
             shown = [same_domain[i][int(draw * len(same_domain[i]))] for i, draw in zip(batch, draws, strict=True)]
         loss = _loss(model, [lessons[i] for i in batch], styles, features[torch.tensor(shown)].float())
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _share(step, settings.steps)
+            group["lr"] = settings.eyes_learning_rate * _share(step, settings.eyes_steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if watch is not None:
-            watch(step + 1, settings.steps, float(loss.detach()))
+            watch(step + 1, settings.eyes_steps, float(loss.detach()))
     model.eval()
 
 
