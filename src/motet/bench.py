@@ -292,6 +292,11 @@ def mor(cache: Path) -> dict[str, Any]:
         seconds_mixture=statistics.median(pair.mixture for pair in pairs),
         seconds_constant=statistics.median(pair.constant for pair in pairs),
         seconds_scoring=statistics.median(pair.scoring for pair in pairs),
+        seconds_routing=statistics.median(pair.routing for pair in pairs),
+        **{
+            f"seconds_{kind}": statistics.median(pair.kinds[kind] for pair in pairs if kind in pair.kinds)
+            for kind in dict.fromkeys(kind for pair in pairs for kind in pair.kinds)
+        },
     )  # fmt: skip
 
 

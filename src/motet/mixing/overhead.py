@@ -35,16 +35,25 @@ from motet.selector.features import embed_prompts
 from motet.selector.heads import HeadReward
 from motet.selector.reward import RewardModel
 
+WHOLE = "whole"
+"""The clock's hand for the whole mixture; others are named by kinds of clients."""
 STEPS = 5
 """Of one side of a pair; the first is not counted, for nothing marks its beginning."""
 
 
 class Pair(NamedTuple):
-    """Median seconds of a step on either side, and of scoring within it."""
+    """Median seconds of a step on either side, and mean seconds of scoring within it."""
 
     mixture: float
     constant: float
     scoring: float
+    kinds: Mapping[str, float]
+    """Seconds of a step that clients of each kind took, a mean."""
+
+    @property
+    def routing(self) -> float:
+        """Seconds of scoring in which no client was at work: the router's look at the prompts, and fusing."""
+        return max(0.0, self.scoring - sum(self.kinds.values()))
 
 
 class Constant:
@@ -64,11 +73,12 @@ class Constant:
         return torch.zeros(len(answers))
 
 
-class Quiet:
-    """A reward without its statistics, so that both sides log alike."""
+class Clocked:
+    """A reward with a clock at it, and without statistics, so that both sides log alike."""
 
-    def __init__(self, reward: MixtureReward) -> None:
-        self.reward, self.name, self.knows_tastes = reward, reward.name, False
+    def __init__(self, reward: RewardModel, clock: dict[str, float], hand: str) -> None:
+        self.reward, self.clock, self.hand = reward, clock, hand
+        self.name, self.knows_tastes = reward.name, reward.knows_tastes
 
     def score(
         self,
@@ -78,7 +88,10 @@ class Quiet:
         taste: Float[Tensor, "*answers latent"] | None = None,
     ) -> Float[Tensor, " answers"]:
         """See :class:`RewardModel`."""
-        return self.reward.score(prompts, answers, images, taste)
+        began = time.perf_counter()
+        found = self.reward.score(prompts, answers, images, taste)
+        self.clock[self.hand] = self.clock.get(self.hand, 0.0) + time.perf_counter() - began
+        return found
 
 
 def step_seconds(cache: Path, repeats: int, words: Mapping[str, Any] | None = None) -> list[Pair]:
@@ -108,42 +121,37 @@ def step_seconds(cache: Path, repeats: int, words: Mapping[str, Any] | None = No
         pairs = []
         for repeat in range(repeats + 1):
             own = [questions[(repeat * apiece + place) % len(questions)] for place in range(apiece)]
-            scoring: list[float] = []
-
-            def with_mixture(own: Sequence[Question] = own, scoring: list[float] = scoring) -> float:
-                return _timed(base, asked, own, Quiet(_mixture(ready, see)), scoring)
-
-            def with_constant(own: Sequence[Question] = own) -> float:
-                return _timed(base, asked, own, Constant(), [])
-
+            clock: dict[str, float] = {}
+            sides: dict[str, RewardModel] = {
+                "mixture": Clocked(_mixture(ready, see, clock), clock, WHOLE),
+                "constant": Constant(),
+            }
             # who goes first changes, so that neither has the quieter moments
-            if repeat % 2:
-                ours, theirs = with_mixture(), with_constant()
-            else:
-                theirs, ours = with_constant(), with_mixture()
-            pairs.append(Pair(ours, theirs, statistics.median(scoring)))
+            order = list(sides)[:: 1 if repeat % 2 else -1]
+            seconds = {name: _timed(base, asked, own, sides[name]) for name in order}
+            kinds = {kind: spent / STEPS for kind, spent in clock.items()}
+            pairs.append(Pair(**seconds, scoring=kinds.pop(WHOLE), kinds=kinds))
     return pairs[1:]
 
 
-def _mixture(ready: Ready, see: Callable[[Sequence[Any], Sequence[Image | None] | None], Tensor]) -> MixtureReward:
-    """The routed mixture with nothing remembered."""
+def _mixture(
+    ready: Ready, see: Callable[[Sequence[Any], Sequence[Image | None] | None], Tensor], clock: dict[str, float]
+) -> MixtureReward:
+    """The routed mixture with nothing remembered, and a clock at each client."""
     mixed = ready.mixed(ready.asked.router.router)
-    clients: dict[str, RewardModel] = {
-        client.name: replace(client.reward, cache=None) if isinstance(client.reward, HeadReward) else client.reward
-        for client in ready.clients
-    }
+    clients: dict[str, RewardModel] = {}
+    for client in ready.clients:
+        reward = replace(client.reward, cache=None) if isinstance(client.reward, HeadReward) else client.reward
+        clients[client.name] = Clocked(reward, clock, client.kind)
     return MixtureReward(clients, mixed.router, see, ready.asked.router, mixed.calibration)
 
 
-def _timed(
-    base: OpenBase, asked: MixingSettings, questions: Sequence[Question], reward: RewardModel, scoring: list[float]
-) -> float:
+def _timed(base: OpenBase, asked: MixingSettings, questions: Sequence[Question], reward: RewardModel) -> float:
     """Median seconds of a step."""
     ends: list[float] = []
 
-    def ended(_: int, row: Mapping[str, Any]) -> None:
+    def ended(step: int, row: Mapping[str, Any]) -> None:
         ends.append(time.perf_counter())
-        scoring.append(row["scoring_seconds"])
 
     grpo = asked.grpo.model_copy(
         update={"grpo_steps": STEPS, "grpo_learning_rate": 1e-12, "drop_flat_groups": False, "group_mixtures": 0}

@@ -262,9 +262,9 @@ def _fused_reward(run: MixtureRun) -> Picture | None:
             run, "reward", "Reward", "fused reward", "Mean over the step's answers of the fused reward.", "reward_std"
         )  # fmt: skip
     caption = (
-        "Standard deviation. The mean is nought in each group, for so rewards are normalised; whether answers get better "
-        "shows in the gain at each look and in the clients' own rewards. Where the spread nears nought there is little "
-        "left to learn from."
+        "Standard deviation. The mean is nought in each group, for so rewards are normalised; whether answers get "
+        "better shows in the gain at each look and in the clients' own rewards. Where the spread nears nought there is "
+        "little left to learn from."
     )
     return _curve(run, "reward_std", "Reward: its spread within a group", "fused reward", caption, bottom=0.0)
 
