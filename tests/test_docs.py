@@ -476,8 +476,11 @@ def test_a_reply_holds_what_the_page_on_privacy_says() -> None:
 def test_presets_and_kinds_named_in_help_are_the_ones_there_are() -> None:
     from motet.data.recipes import RECIPES, DataSettings
     from motet.experiment import PRESETS
+    from motet.mixing import MIXTURES
 
     texts = {part.opts[0]: part.help for part in commands()["run"].params}
     assert re.findall(r"[\w-]+", texts["--preset"].replace(" or ", " ")) == list(PRESETS)
-    assert [word for word in re.findall(r"[\w-]+", texts["recipe"]) if word != "or"] == list(RECIPES)
+    known, mixed = texts["recipe"].split(";")
+    assert [word for word in re.findall(r"[\w-]+", known) if word != "or"] == list(RECIPES)
+    assert {word for word in re.findall(r"[\w-]+", mixed) if word != "or"} == set(MIXTURES)
     assert set(get_args(DataSettings.model_fields["labels"].annotation)) == {"true", "coin-flip"}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -111,10 +111,13 @@ class MatrixWatcher(Watcher):
             self._bar("cells", done, total, f"{done} of {total}, {'next' if done == 0 else 'done'}: {note}")
 
 
+Many = TypeVar("Many", bound=MatrixWatcher)
+
+
 @contextmanager
-def matrix_watcher(quiet: bool) -> Iterator[MatrixWatcher]:
+def matrix_watcher(quiet: bool, kind: type[Many] = MatrixWatcher) -> Iterator[Many]:  # type: ignore[assignment]
     """A console for many runs, which says how to go on after a Ctrl-C."""
-    watcher = MatrixWatcher(quiet)
+    watcher = kind(quiet)
     try:
         yield watcher
     except KeyboardInterrupt:

@@ -10,9 +10,13 @@ from typing import Any
 
 import typer
 
-from motet.cli.console import plain
+from motet.cli.console import MatrixWatcher, matrix_watcher, plain, print_tables
 from motet.cli.policies import PolicyWatcher
 from motet.mixing import MIXTURES
+
+
+class SeedsWatcher(MatrixWatcher, PolicyWatcher):
+    """Tells of many mixtures, and of what goes on in each."""
 
 
 def is_mixture(recipe: str | None, config: Path | None) -> bool:
@@ -60,3 +64,30 @@ def run_mixture(
         watcher.console.print(f"[yellow]note:[/yellow] {plain(warning)}", highlight=False)
     watcher.console.print(mixture_table(folder))
     watcher.console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def compare_mixtures(
+    recipe: str | None,
+    methods: list[str] | None,
+    seeds: tuple[int, ...],
+    out: Path | None,
+    words: dict[str, Any],
+    config: Path | None,
+    cache: Path | None,
+    command: str,
+    as_json: bool,
+) -> None:
+    """One mixture a seed, its rewards fused by every method; one table."""
+    from motet.experiment import default_cache
+    from motet.mixture_compare import compare_mixing
+    from motet.report.mixtures import mixture_tables
+
+    folder = out if out is not None else Path("runs") / f"{recipe or 'mixtures'}-compared"
+    with matrix_watcher(as_json, SeedsWatcher) as watcher:
+        table = compare_mixing(
+            recipe, methods, seeds, folder, words, config, cache or default_cache(), watcher, command
+        )
+    if as_json:
+        typer.echo(json.dumps(table, indent=2))
+        return
+    print_tables(watcher.console, table["warnings"], mixture_tables(table), [], folder)

@@ -28,7 +28,7 @@ from motet.cli.console import (
     plain,
     print_tables,
 )
-from motet.cli.mixtures import is_mixture, run_mixture
+from motet.cli.mixtures import compare_mixtures, is_mixture, run_mixture
 
 
 def demo(
@@ -150,6 +150,9 @@ def compare(
     from motet.report.matrix import notes, terminal
 
     asked = _asked(data, preset, words)
+    if is_mixture(recipe, config):
+        compare_mixtures(recipe, _names(methods), parse_seeds(seeds), out, asked, config, cache, _command(), as_json)
+        return
     folder = out if out is not None else Path("runs") / f"{recipe or 'matrix'}-compared"
     names, numbers, workers = _names(methods), parse_seeds(seeds), _workers(jobs)
     with matrix_watcher(as_json) as watcher:

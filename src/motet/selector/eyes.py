@@ -29,7 +29,7 @@ from motet.data.questions import Question
 from motet.errors import BackboneError
 from motet.selector.packaged import CODE, WEIGHTS, packaged_weights
 
-FORMAT = 2
+FORMAT = 3
 """Part of the name of every built model; raised whenever the same settings and questions make another one."""
 SPECIALS = ("<pad>", "<unknown>", "<begin>", "<end>", "<system>", "<user>", "<assistant>", "<image>")
 LESSONS = 6000
