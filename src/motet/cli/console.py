@@ -115,7 +115,7 @@ Many = TypeVar("Many", bound=MatrixWatcher)
 
 
 @contextmanager
-def matrix_watcher(quiet: bool, kind: type[Many] = MatrixWatcher) -> Iterator[Many]:  # type: ignore[assignment]
+def matrix_watcher(quiet: bool, kind: type[Many]) -> Iterator[Many]:
     """A console for many runs, which says how to go on after a Ctrl-C."""
     watcher = kind(quiet)
     try:

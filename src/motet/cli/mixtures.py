@@ -80,7 +80,7 @@ def compare_mixtures(
     """One mixture a seed, its rewards fused by every method; one table."""
     from motet.experiment import default_cache
     from motet.mixture_compare import compare_mixing
-    from motet.report.mixtures import mixture_tables
+    from motet.report.mixtures import mixture_notes, mixture_tables
 
     folder = out if out is not None else Path("runs") / f"{recipe or 'mixtures'}-compared"
     with matrix_watcher(as_json, SeedsWatcher) as watcher:
@@ -90,4 +90,4 @@ def compare_mixtures(
     if as_json:
         typer.echo(json.dumps(table, indent=2))
         return
-    print_tables(watcher.console, table["warnings"], mixture_tables(table), [], folder)
+    print_tables(watcher.console, table["warnings"], mixture_tables(table), mixture_notes(table), folder)

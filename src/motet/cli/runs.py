@@ -17,6 +17,7 @@ from motet.cli.console import (
     DataOption,
     JobsOption,
     JsonOption,
+    MatrixWatcher,
     MethodsOption,
     OutOption,
     PresetOption,
@@ -155,7 +156,7 @@ def compare(
         return
     folder = out if out is not None else Path("runs") / f"{recipe or 'matrix'}-compared"
     names, numbers, workers = _names(methods), parse_seeds(seeds), _workers(jobs)
-    with matrix_watcher(as_json) as watcher:
+    with matrix_watcher(as_json, MatrixWatcher) as watcher:
         table = compare(recipe, folder, names, numbers, asked, config, cache, workers, watcher, _command())
     if as_json:
         typer.echo(json.dumps(table, indent=2))
@@ -207,7 +208,7 @@ def sweep(
         if ablation and given is not None:
             hint = "it takes fedvpa apart" if option == "--methods" else "give one value with --set"
             raise ConfigError(f"{option} belongs to the grid, got it with --ablation; leave it out, {hint}")
-    with matrix_watcher(as_json) as watcher:
+    with matrix_watcher(as_json, MatrixWatcher) as watcher:
         if ablation:
             content = ablate(
                 recipe, folder, numbers, shares or ABLATION_NOISE, asked, config, cache, workers, watcher, _command()

@@ -273,22 +273,22 @@ def run_mixing(
 
 def _same_settings(asked: MixingSettings, path: Path) -> None:
     """Refuse to go on with a run under other settings, but for those that only judge."""
-    before, now = read_toml(path), asked.tables()
-    for table, values in now.items():
-        old = before.get(table, {} if isinstance(values, Mapping) else None)
-        if not isinstance(values, Mapping):
-            if old != values:
-                raise RunError(
-                    f"the run in {str(path.parent)!r} has {table} {old!r}, got {values!r}; choose another --out"
-                )
-            continue
-        for name, value in values.items():
-            kept = list(value) if isinstance(value, tuple) else value
-            if name not in (*JUDGING, "data") and old.get(name) != kept:
-                raise RunError(
-                    f"the run in {str(path.parent)!r} has {name} {old.get(name)!r}, got {value!r}; give the same "
-                    "settings to go on with it, or choose another --out"
-                )
+    before, now = _flat(read_toml(path)), _flat(asked.tables())
+    for name in now:
+        if name.rpartition(".")[2] not in (*JUDGING, "data") and before.get(name) != now[name]:
+            raise RunError(
+                f"the run in {str(path.parent)!r} has {name.rpartition('.')[2]} {before.get(name)!r}, got "
+                f"{now[name]!r}; give the same settings to go on with it, or choose another --out"
+            )
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by table and name, as TOML would give them back."""
+    found: dict[str, Any] = {}
+    for table, values in tables.items():
+        for name, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            found[f"{table}.{name}".strip(".")] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _client_rows(ready: Ready) -> list[dict[str, Any]]:
