@@ -174,8 +174,17 @@ def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
     )
     backbone = open_backbone(settings, cache)
 
+    known: dict[tuple[Prompt, str | None], Tensor] = {}
+
     def see(prompts: Sequence[Prompt], images: Sequence[Image | None] | None) -> Tensor:
-        return embed_prompts(backbone, prompts, images if images is not None else [None] * len(prompts), None)
+        shown = images if images is not None else [None] * len(prompts)
+        keys = [(p, None if i is None else i.digest) for p, i in zip(prompts, shown, strict=True)]
+        new = {key: place for place, key in enumerate(keys) if key not in known}
+        if new:  # the same public prompts come again and again, and the base that looks at them is frozen
+            places = list(new.values())
+            rows = embed_prompts(backbone, [prompts[i] for i in places], [shown[i] for i in places], None)
+            known.update(zip(new, rows, strict=True))
+        return torch.stack([known[key] for key in keys])
 
     return see
 

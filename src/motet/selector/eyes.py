@@ -76,7 +76,8 @@ class EyesSettings(Section):
     @model_validator(mode="after")
     def _heads_fit(self) -> "EyesSettings":
         if self.eyes_width % (2 * self.eyes_heads):
-            raise ValueError(f"eyes_width must be a multiple of twice the {self.eyes_heads} heads, got {self.eyes_width}")
+            heads = 2 * self.eyes_heads
+            raise ValueError(f"eyes_width must be a multiple of twice the {heads // 2} heads, got {self.eyes_width}")
         return self
 
 

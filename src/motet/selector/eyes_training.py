@@ -78,7 +78,8 @@ def build_model(processor: Any, settings: EyesSettings, seed: int) -> Any:
     named = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.eyes_width, intermediate_size=3 * settings.eyes_width,
-        num_hidden_layers=settings.eyes_layers, num_attention_heads=settings.eyes_heads, num_key_value_heads=settings.eyes_heads,
+        num_hidden_layers=settings.eyes_layers, num_attention_heads=settings.eyes_heads,
+        num_key_value_heads=settings.eyes_heads,
         max_position_embeddings=CONTEXT_TOKENS, tie_word_embeddings=True,
         initializer_range=settings.eyes_width**-0.5, **named,  # with the usual 0.02 it learns half as fast
     )  # fmt: skip
@@ -90,6 +91,8 @@ def build_model(processor: Any, settings: EyesSettings, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+        # the same for the projector's first layer, which is wider than the rest
+        torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight, std=tower.config.hidden_size**-0.5)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     return model
 
