@@ -289,3 +289,23 @@ def test_bytes_of_a_call_are_those_of_its_messages() -> None:
     assert said["bytes_query"] == 2 * len(query.serialised())
     assert said["bytes_answer"] == 2 * len(RewardAnswer(torch.zeros(3)).serialised())
     assert 0 < said["seconds"] < time.perf_counter() - started
+
+
+def test_the_same_words_about_another_picture_are_asked_once_of_a_client_that_reads_texts_only() -> None:
+    calls: list[int] = []
+
+    def count(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
+        calls.append(len(answers))
+        return [float(len(answer)) for answer in answers]
+
+    asked = (Turn("user", "what is it"),)
+    pictures = [Image(1, 1, b"abc"), Image(1, 1, b"xyz")]
+    mixture = MixtureReward(
+        {"texts": CallableReward("texts", count)},
+        fit_router(RouterSettings(router="uniform"), torch.zeros(0, 2), torch.zeros(1, 0), ("texts",), 0),
+        lambda prompts, images: torch.zeros(len(prompts), 2),
+        RouterSettings(router="uniform"),
+        blind=("texts",),
+    )
+    mixture.score([asked] * 4, ["a", "bb"] * 2, [pictures[0]] * 2 + [pictures[1]] * 2)
+    assert calls == [2]

@@ -214,7 +214,12 @@ class _Call:
         memory = mixture.scores.setdefault(name, {})
         # an answer's share of votes depends on its rivals in the call, so a vote is never remembered
         kept = mixture.remember > 0 and client.name != "vote"
-        own = [(self.keys[p][:2], self.answers[p], self.tastes[p] if client.knows_tastes else b"") for p in places]
+        # to a client that reads texts only, the same words about another picture are the same question
+        about = [(self.keys[p][0], None if name in mixture.blind else self.keys[p][1]) for p in places]
+        own = [
+            (asked, self.answers[p], self.tastes[p] if client.knows_tastes else b"")
+            for asked, p in zip(about, places, strict=True)
+        ]
         new: dict[Hashable, int] = {key: p for key, p in zip(own, places, strict=True) if not (kept and key in memory)}
         asked = list(new.values()) if kept else places
         said: dict[Hashable, float] = {}
