@@ -32,7 +32,7 @@ from motet.selector.packaged import CODE, WEIGHTS, packaged_weights
 FORMAT = 3
 """Part of the name of every built model; raised whenever the same settings and questions make another one."""
 SPECIALS = ("<pad>", "<unknown>", "<begin>", "<end>", "<system>", "<user>", "<assistant>", "<image>")
-LESSONS = 6000
+LESSONS = 4000
 """Drawn questions of each domain that the model named ``eyes`` is taught."""
 LESSON_SEED = 7_000_003
 TEMPLATE = (
