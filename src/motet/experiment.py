@@ -154,6 +154,11 @@ def resolve(
     place = f"{config.name}" if config else "the settings"
     file = read_toml(config) if config else {}
     method = file.get("method", "fedvpa") if method is None else method
+    if method == "mor":
+        raise ConfigError(
+            f"{place} is of a mixture of rewards (mor), and this wants a run of one of {', '.join(ALGORITHMS)}; "
+            "motet run mor trains its policy itself"
+        )
     if not isinstance(method, str) or method not in ALGORITHMS:
         raise ConfigError(f"unknown method {method!r} in {place}; {nearest(str(method), ALGORITHMS)}")
     tables = tables_of(method)

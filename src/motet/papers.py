@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from motet.algorithms import ALGORITHMS
+from motet.config import read_toml
 from motet.data.recipes import RECIPES
 from motet.experiment import resolve
+from motet.mixing.settings import MixingSettings, resolve_mixing
 
 PARTS = {
     "variational preference learning (the posterior over taste)": (
@@ -26,6 +28,39 @@ BACKBONES = {
     ),
     "gemma3-270m": "Gemma Team 2025, Gemma 3 technical report, arXiv 2503.19786 (Gemma Terms of Use)",
 }
+MIXTURE = {
+    "method mor": "Lu, Wang, Zhang, Yang, Zheng, Tong, Xu, Zheng 2026, MoR: mixture of rewards, arXiv 2605.03426",
+    "GRPO": "Shao et al. 2024, DeepSeekMath: pushing the limits of mathematical reasoning, arXiv 2402.03300",
+    "comparable rewards": (
+        "Liu et al. 2026, GDPO: group reward-decoupled normalization policy optimization, arXiv 2601.05242"
+    ),
+    "competence routing": "FedGRPO 2026, arXiv 2602.12014",
+    "vision tower": (
+        "Tan, Le 2019, EfficientNet: rethinking model scaling for convolutional neural networks, ICML, "
+        "arXiv 1905.11946 (EfficientNet-Lite0, Apache-2.0)"
+    ),
+    "small model with eyes": (
+        "Liu, Li, Wu, Lee 2023, Visual instruction tuning, NeurIPS, arXiv 2304.08485 (its architecture)"
+    ),
+}
+MIXTURE_DATA = {
+    "detail": "Lin et al. 2014, Microsoft COCO: common objects in context, ECCV, arXiv 1405.0312",
+    "medical": (
+        "Lau, Gayen, Ben Abacha, Demner-Fushman 2018, A dataset of clinically generated visual questions and answers "
+        "about radiology images, Scientific Data 5"
+    ),
+    "tables": (
+        "Lu et al. 2023, Dynamic prompt learning via policy gradient for semi-structured mathematical reasoning, ICLR, "
+        "arXiv 2209.14610 (TabMWP, CC BY-NC-SA 4.0)"
+    ),
+    "charts": (
+        "Satyanarayan, Moritz, Wongsuphasawat, Heer 2017, Vega-Lite: a grammar of interactive graphics, IEEE TVCG 23"
+    ),
+    "shapes": (
+        "Suhr, Lewis, Yeh, Artzi 2017, A corpus of natural language for visual reasoning, ACL; Andreas, Rohrbach, "
+        "Darrell, Klein 2016, Neural module networks, CVPR, arXiv 1511.02799; Zhou 2019, easy-VQA"
+    ),
+}
 SELF = "The motet authors 2026, motet: federated preference alignment that keeps conflicting tastes apart"
 
 
@@ -35,6 +70,9 @@ def citations(config: Path | None = None) -> list[dict[str, str]]:
     Raises:
         ConfigError: The file is missing or is not a run's settings.
     """
+    mixture = config is not None and read_toml(config).get("method") == "mor"
+    if config is not None and mixture:
+        return [{"for": "this library", "citation": SELF}, *_of_mixture(resolve_mixing(None, {}, config))]
     if config is None:
         methods, recipes, backbones = list(ALGORITHMS), list(RECIPES), list(BACKBONES)
     else:
@@ -45,4 +83,15 @@ def citations(config: Path | None = None) -> list[dict[str, str]]:
     found += [{"for": part, "citation": text} for part, text in PARTS.items()]
     found += [{"for": f"data {name}", "citation": RECIPES[name].citation} for name in recipes]
     found += [{"for": f"language model {name}", "citation": BACKBONES[name]} for name in backbones if name in BACKBONES]
-    return found
+    return found if config is not None else found + _of_mixture(None)
+
+
+def _of_mixture(asked: MixingSettings | None) -> list[dict[str, str]]:
+    """What a mixture stands on; without settings, everything that one can."""
+    found = [{"for": part, "citation": text} for part, text in MIXTURE.items()]
+    if asked is None or asked.recipe == "mor":
+        wanted = MIXTURE_DATA if asked is None or asked.domains.domains is None else asked.domains.domains
+        found += [{"for": f"domain {name}", "citation": MIXTURE_DATA[name]} for name in wanted if name in MIXTURE_DATA]
+    kinds = {"causal": "smollm2", "sentence": "minilm"}
+    models = [kinds[word.partition(":")[0]] for word in asked.clients.kinds if word in kinds] if asked else []
+    return found + [{"for": f"language model {name}", "citation": BACKBONES[name]} for name in dict.fromkeys(models)]

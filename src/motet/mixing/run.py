@@ -233,7 +233,7 @@ def run_mixing(
         KeyboardInterrupt: On Ctrl-C; models, features and the policy's last look are kept, and ``resume`` goes on.
     """
     watcher, began = watcher or Silent(), time.perf_counter()
-    if not resume and any((out / name).exists() for name in ("summary.json", CHECKPOINT, "config.toml")):
+    if not resume and any((out / name).exists() for name in ("summary.json", CHECKPOINT, "deal.json")):
         raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
     named = list(methods) if methods is not None else list(ROUTED)
     if unknown := [name for name in named if name not in METHODS]:
