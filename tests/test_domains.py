@@ -222,3 +222,13 @@ def test_the_real_data_is_read_and_dealt() -> None:
     assert Counter(deal.test_kinds)["style"] == 160
     for asked in deal.questions.values():
         assert {question.domain for question in asked} == set(READERS)
+
+
+def test_what_bases_are_taught_does_not_move_with_the_seed_of_a_run() -> None:
+    settings = DomainSettings(pairs_per_client=10, public_pairs=20, test_pairs=20, base_questions=30)
+    one, other = deal_domains(settings, 0), deal_domains(settings, 1)
+    assert one.questions["base"] == other.questions["base"]
+    assert one.test != other.test
+    moved = deal_domains(settings.model_copy(update={"base_seed": 1}), 0)
+    assert moved.questions["base"] != one.questions["base"]
+    assert moved.test == one.test

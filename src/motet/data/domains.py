@@ -171,7 +171,10 @@ def deal_domains(settings: DomainSettings, seed: int) -> DomainDeal:
         tuple(one.pair for one in order["public"]),
         tuple(one.pair for one in order["test"]),
         tuple(one.kind for one in order["test"]),
-        {part: tuple(Dice(seed, "domains", part).shuffled(asked)) for part, asked in questions.items()},
+        {
+            part: tuple(Dice(settings.base_seed if part == "base" else seed, "domains", part).shuffled(asked))
+            for part, asked in questions.items()
+        },
         tuple(said),
     )
 
