@@ -87,8 +87,11 @@ USUAL: Mapping[str, Mapping[str, Any]] = {
     "sampling": {"max_new_tokens": 16, "sampling_temperature": 1.0},
 }  # fmt: skip
 """Where a mixture's defaults differ from those of a taste-gated policy."""
-DEMO: Mapping[str, Mapping[str, Any]] = {"server": {"policy_steps": 150}}
-"""What the demo sets beside that."""
+OWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "mor-demo": {"server": {"policy_steps": 150}},
+    "mor": {"eyes": {"eyes_steps": 500}},  # of real questions there are few
+}
+"""What each recipe sets beside that."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def resolve_mixing(
     asked = words_by_table(words, TABLES)
     built: dict[str, Any] = {}
     for name, kind in TABLES.items():
-        standing = {**USUAL.get(name, {}), **(DEMO.get(name, {}) if asked_of == "mor-demo" else {})}
+        standing = {**USUAL.get(name, {}), **OWN[asked_of].get(name, {})}
         table = {**standing, **file.get(name, {})}
         settings(kind, table, f"[{name}] of {place}")  # so that a mistake is reported where it was made
         built[name] = settings(kind, {**table, **asked[name]}, "--set")
