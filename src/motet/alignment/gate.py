@@ -12,6 +12,7 @@ pairs, and has its descriptor. ``LOG.md`` has the trial against one free descrip
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +40,7 @@ LOOK_EVERY, PATIENCE = 5, 4
 class GateSettings(Section):
     """How the learned router is trained."""
 
-    router_areas: tuple[int, ...] = (4, 8, 16)
+    router_areas: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 8, 16), min_length=1)
     """Numbers of areas that are tried; the one that explains held-out public pairs best is kept."""
     router_dimensions: int = Field(16, ge=1)
     """Principal axes of the public prompts that the router sees."""

@@ -7,6 +7,8 @@ The same pairs, the same base with its pictures, the same held-out pairs as the 
 routing keeps apart; and it sends parameters both ways, where a mixture sends scores.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +17,7 @@ from motet.alignment.lora import start_adapter
 from motet.alignment.opened import open_base
 from motet.alignment.trainers import DPOSettings, implicit_margins, train_dpo
 from motet.federated.contract import weighted_mean
-from motet.records import generator
+from motet.records import Pair, generator
 from motet.selector.backbone import find_device, find_dtype
 
 if TYPE_CHECKING:
@@ -36,18 +38,23 @@ def judge_feddpo(ready: "Ready", watcher: "Watcher") -> tuple[list[float], int]:
         lora_targets=asked.policy.lora_targets, local_steps=asked.server.feddpo_steps, batch_pairs=8, max_tokens=128,
         learning_rate=asked.server.feddpo_learning_rate,
     )  # fmt: skip
+
+    def shown(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+        """Without the pictures, for a base that reads texts only."""
+        return tuple(pairs if base.processor is not None else (replace(pair, image=None) for pair in pairs))
+
     adapter = start_adapter(base, settings, generator(asked.seed, "feddpo"))
     clients, traffic = ready.deal.clients, 0
     for number in range(asked.server.feddpo_rounds):
         sent, weights = [], []
         for dealt in clients:
             seed = int(torch.randint(2**31, (), generator=generator(asked.seed, "feddpo", dealt.name, number)))
-            trained, _ = train_dpo(base, adapter, dealt.train, settings, seed)
+            trained, _ = train_dpo(base, adapter, shown(dealt.train), settings, seed)
             sent.append(trained)
             weights.append(float(len(dealt.train)))
             done = number * len(clients) + len(sent)
             watcher.stage("FedDPO", done, asked.server.feddpo_rounds * len(clients))
         adapter = weighted_mean(sent, weights)
         traffic += 2 * len(clients) * sum(4 * tensor.numel() for tensor in adapter.values())
-    margins = implicit_margins(base, adapter, ready.test.pairs, settings)
+    margins = implicit_margins(base, adapter, shown(ready.test.pairs), settings)
     return [0.5 if margin == 0 else float(margin > 0) for margin in margins.tolist()], traffic

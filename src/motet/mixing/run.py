@@ -11,7 +11,7 @@ or parameters (the controls ``fedavg-reward`` and ``feddpo`` are given them, bei
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from motet.algorithms.mor import Client, Prompt, Workshop, averaged_heads, parse_kind, train_client
 from motet.alignment.mixture import MixtureReward, See
 from motet.alignment.opened import OpenBase, open_base
+from motet.alignment.router import CompetenceRouter, LearnedRouter, TableRouter, save_router
 from motet.config import read_toml, write_atomically, write_toml
 from motet.data.domains import DomainDeal, deal_domains
 from motet.errors import ConfigError, RunError
@@ -45,8 +46,10 @@ from motet.mixing.server import (
     ROUNDS,
     STEPS,
     answer,
+    keep_rounds,
     train_server,
     training_identity,
+    whole_rounds,
     write_adapter,
 )
 from motet.mixing.settings import MixingSettings
@@ -55,6 +58,7 @@ from motet.report import write_report
 from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder, open_backbone
 from motet.selector.eyes import eyes
 from motet.selector.features import embed_prompts
+from motet.selector.heads import HeadReward
 from motet.trust.hostile import flip_pairs
 
 
@@ -169,11 +173,7 @@ def _clients(
 
 
 def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
-    settings = BackboneSettings(
-        model=base, dtype=asked.server.base_dtype, device=asked.server.base_device, max_prompt_tokens=128
-    )
-    backbone = open_backbone(settings, cache)
-
+    backbone = open_backbone(_base_reading(asked, base), cache)
     known: dict[tuple[Prompt, str | None], Tensor] = {}
 
     def see(prompts: Sequence[Prompt], images: Sequence[Image | None] | None) -> Tensor:
@@ -187,6 +187,13 @@ def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
         return torch.stack([known[key] for key in keys])
 
     return see
+
+
+def _base_reading(asked: MixingSettings, base: str) -> BackboneSettings:
+    """How the server's own model reads, frozen: for the router, and as the architecture that all clients can share."""
+    return BackboneSettings(
+        model=base, dtype=asked.server.base_dtype, device=asked.server.base_device, max_prompt_tokens=128
+    )
 
 
 def _judged(
@@ -236,6 +243,8 @@ def run_mixing(
     if not resume and any((out / name).exists() for name in ("summary.json", CHECKPOINT, "deal.json")):
         raise RunError(f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out")
     named = list(methods) if methods is not None else list(ROUTED)
+    own = next(name for name, router in ROUTED.items() if router == asked.router.router)
+    named += [own] * (own not in named)  # the summary is its row
     if unknown := [name for name in named if name not in METHODS]:
         raise ConfigError(f"methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
     with locked(out):
@@ -264,10 +273,7 @@ def run_mixing(
                 *common, flipped, settings, ready.domains, ready.names, asked.seed, asked.server.attack_draws
             )
         chosen = ready.mixed(settings.router)
-        mixture = MixtureReward(
-            {client.name: client.reward for client in ready.clients}, chosen.router, ready.see, settings,
-            chosen.calibration, blind=frozenset(client.name for client in ready.clients if not client.sees),
-        )  # fmt: skip
+        mixture = mixture_of(ready, chosen)
         _keep_router(chosen, out)
         if asked.server.policy_steps:
             evaluation["policy"] = _policy(ready, mixture, out, watcher)
@@ -350,7 +356,8 @@ def _method_rows(ready: Ready, methods: Sequence[str], cache: Path, watcher: Wat
 def _averaged(ready: Ready, cache: Path) -> dict[str, Any]:
     """The control of averaged heads, mixed evenly."""
     pairs = {dealt.name: dealt.train for dealt in ready.deal.clients}
-    clients, traffic = averaged_heads(ready.clients, pairs, ready.deal.public, ready.asked.head, cache)
+    common = open_backbone(_base_reading(ready.asked, ready.base), cache)
+    clients, traffic = averaged_heads(ready.clients, pairs, ready.deal.public, common, ready.asked.head, cache)
 
     def again(judged: Judged) -> Judged:
         rewards = torch.stack([client.pair_rewards(judged.pairs) for client in clients])
@@ -381,8 +388,7 @@ def _policy(ready: Ready, mixture: MixtureReward, out: Path, watcher: Watcher) -
     identity = training_identity(
         base, mixture, asked, [[question.prompt for question in public], ready.test.rewards[:, 0].tolist()]
     )
-    if not (out / CHECKPOINT).exists():
-        (out / ROUNDS).unlink(missing_ok=True)
+    keep_rounds(out)
     watcher.said(f"GRPO on {len(public)} public questions, rewards by {len(ready.clients)} clients")
     began = time.perf_counter()
     trained = train_server(
@@ -402,19 +408,27 @@ def _policy(ready: Ready, mixture: MixtureReward, out: Path, watcher: Watcher) -
     return {**found, "seconds": seconds}
 
 
+def mixture_of(ready: Ready, mixed: Mixed) -> MixtureReward:
+    """The clients behind one reward. They keep no features of what they score: drafts seldom come twice, and the
+    mixture remembers those that do."""
+    rewards = {
+        client.name: replace(client.reward, cache=None) if isinstance(client.reward, HeadReward) else client.reward
+        for client in ready.clients
+    }
+    blind = frozenset(client.name for client in ready.clients if not client.sees)
+    return MixtureReward(rewards, mixed.router, ready.see, mixed.settings, mixed.calibration, blind=blind)
+
+
 def _keep_router(mixed: Mixed, out: Path) -> None:
     """The router and the calibration, as files that hold everything but the clients."""
-    tensors = {f"router.{name}": tensor for name, tensor in mixed.router.tensors().items()}
-    tensors |= {f"calibration.{name}": tensor for name, tensor in mixed.calibration.tensors().items()}
-    kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    write_atomically(out / "router.safetensors", save(kept))
-    about = {"format": 1, "names": list(mixed.router.names), "router": mixed.settings.model_dump(mode="json")}
-    write_atomically(out / "router.json", _json(about))
+    assert isinstance(mixed.router, LearnedRouter | CompetenceRouter | TableRouter)
+    save_router(mixed.router, out)
+    write_atomically(out / "calibration.safetensors", save(mixed.calibration.tensors()))
 
 
 def _bytes(ready: Ready, out: Path) -> dict[str, Any]:
     """What a step of GRPO sends and hears, and what averaging the adapter's parameters would take instead."""
-    lines = [json.loads(line) for line in (out / ROUNDS).read_text().splitlines()] if (out / ROUNDS).exists() else []
+    lines = whole_rounds(out / ROUNDS)
     adapter = out / POLICY / "adapter_model.safetensors"
     size = adapter.stat().st_size if adapter.exists() else None
 

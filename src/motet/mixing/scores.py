@@ -127,7 +127,7 @@ def row(mixed: Mixed | None, won: Sequence[float], test: Judged) -> dict[str, An
     found: dict[str, Any] = {
         "accuracy": by_domain,
         "accuracy_mean": statistics.fmean(by_domain.values()),
-        "interval": list(by_prompt(won, [pair.group for pair in test.pairs])[1:]),
+        "interval": _interval(won, test),
         "accuracy_min": min(by_domain.values()),
         "accuracy_spread": statistics.pstdev(by_domain.values()),
         "accuracy_content": _of_kind(won, test, "content"),
@@ -148,6 +148,18 @@ def row(mixed: Mixed | None, won: Sequence[float], test: Judged) -> dict[str, An
         mean = weights.clamp(min=1e-12)
         found["entropy"] = float(-(weights * mean.log()).sum(dim=1).mean())
     return found
+
+
+def _interval(won: Sequence[float], test: Judged) -> list[float]:
+    """95 % of the mean over domains: each domain's own interval counts pictures, and their variances add up."""
+    domains = list(dict.fromkeys(test.domains))
+    middle, variance = 0.0, 0.0
+    for domain in domains:
+        rows = [i for i, own in enumerate(test.domains) if own == domain]
+        mean, low, high = by_prompt([won[i] for i in rows], [test.pairs[i].group for i in rows])
+        middle += mean / len(domains)
+        variance += ((high - low) / 2 / len(domains)) ** 2
+    return [max(0.0, middle - variance**0.5), min(1.0, middle + variance**0.5)]
 
 
 def _of_kind(won: Sequence[float], test: Judged, kind: str) -> float | None:
@@ -259,7 +271,12 @@ def _attacked(
     seed: int,
 ) -> Judged:
     rewards = judged.rewards.double()
-    answers = [pair.chosen for pair in judged.pairs] + [pair.rejected for pair in judged.pairs]
+    asked = [
+        "\x1f".join((pair.prompt[-1].content, pair.image.digest if pair.image is not None else ""))
+        for pair in judged.pairs
+    ]
+    said = [[pair.chosen for pair in judged.pairs], [pair.rejected for pair in judged.pairs]]
+    answers = [f"{about}\x1f{answer}" for some in said for about, answer in zip(asked, some, strict=True)]
     for client in who:
         if name == FLIPPED:
             rewards[client] = flipped[client][place]

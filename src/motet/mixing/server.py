@@ -8,6 +8,7 @@ Held-out questions are about pictures that nobody trained on. A picture-blind tw
 is asked about another question's picture, shows what could have been guessed.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor
 
 from motet.alignment.grpo import train_policy_grpo
@@ -29,6 +31,7 @@ from motet.alignment.stretches import Look, Trained
 from motet.alignment.trainers import OpenBase, adapter_files
 from motet.config import write_atomically
 from motet.data.questions import Question, exact, in_style
+from motet.errors import ConfigError
 from motet.evaluation.intervals import by_prompt
 from motet.mixing.settings import MixingSettings
 from motet.records import Image, Turn, generator
@@ -56,7 +59,9 @@ class Answered:
     def styled(self, styles: Mapping[str, str]) -> list[bool]:
         """Whether each is right, and in its domain's style."""
         return [
-            in_style(question, answer, styles[question.domain])  # type: ignore[arg-type]
+            exact(question, answer)
+            if styles[question.domain] == "either"
+            else in_style(question, answer, styles[question.domain])  # type: ignore[arg-type]
             for question, answer in zip(self.questions, self.answers, strict=True)
         ]
 
@@ -105,7 +110,7 @@ def train_server(
 
     Args:
         base: What to start from.
-        questions: Public; the last ``validation_prompts`` of them are kept to look at the policy with.
+        questions: Public; about ``validation_prompts`` of them are kept to look at the policy with, see :func:`apart`.
         mixture: Scores answers.
         asked: All settings.
         out: The run folder; a checkpoint in it is gone on from.
@@ -113,8 +118,7 @@ def train_server(
         stepped: Told (steps done, steps in all).
         looked: Told what a look found.
     """
-    split = len(questions) - asked.policy.validation_prompts
-    training, validation = questions[:split], questions[split:]
+    training, validation = apart(questions, asked.policy.validation_prompts)
     start = start_policy(base, asked.policy, NO_TASTE, generator(asked.seed, "adapter"))
     grpo = asked.grpo.model_copy(update={"grpo_steps": asked.server.policy_steps})
     rounds = out / ROUNDS
@@ -129,6 +133,46 @@ def train_server(
         lambda step, _: stepped(step, asked.server.policy_steps),
         images=[question.image for question in training], step_log=log,  # clients look, even where the base cannot
     )  # fmt: skip
+
+
+def apart(questions: Sequence[Question], validation: int) -> tuple[list[Question], list[Question]]:
+    """Questions to train on, and at least so many to look with; about a picture all are on one side.
+
+    Raises:
+        ConfigError: Fewer than half of the questions would be left to train on.
+    """
+    kept: set[str] = set()
+    for question in reversed(questions):
+        if sum(one.group in kept for one in questions) >= validation:
+            break
+        kept.add(question.group)
+    training = [question for question in questions if question.group not in kept]
+    if 2 * len(training) < len(questions):
+        raise ConfigError(
+            f"validation_prompts must leave at least half of the {len(questions)} public questions to train on, got "
+            f"{validation}; lower it, or raise public_questions"
+        )
+    return training, [question for question in questions if question.group in kept]
+
+
+def whole_rounds(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``rounds.jsonl``, the last one of each step; none where there is no file."""
+    rows: dict[int, dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that an interruption cut off
+            line = json.loads(text)
+            rows[line["round"]] = line
+    return [rows[number] for number in sorted(rows)]
+
+
+def keep_rounds(out: Path) -> None:
+    """Of ``rounds.jsonl`` what the checkpoint stands on; later steps are gone through, and logged, again."""
+    step = -1
+    if (out / CHECKPOINT).exists():
+        with safe_open(out / CHECKPOINT, framework="pt") as file:
+            step = int(json.loads((file.metadata() or {}).get("about", '{"step": -1}'))["step"])
+    kept = [line for line in whole_rounds(out / ROUNDS) if line["round"] <= step]
+    write_atomically(out / ROUNDS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def training_identity(base: OpenBase, mixture: MixtureReward, asked: MixingSettings, parts: Sequence[object]) -> str:

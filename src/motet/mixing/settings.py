@@ -81,7 +81,7 @@ USUAL: Mapping[str, Mapping[str, Any]] = {
         ),
     },
     "grpo": {
-        "grpo_learning_rate": 2e-3, "group_size": 8, "groups_per_step": 8, "answers_per_pass": 64,
+        "grpo_learning_rate": 3e-4, "group_size": 8, "groups_per_step": 8, "answers_per_pass": 64,
         "drop_flat_groups": True, "group_mixtures": 0,
     },
     "sampling": {"max_new_tokens": 16, "sampling_temperature": 1.0},
@@ -150,6 +150,11 @@ def resolve_mixing(
         raise ConfigError("mor reads real data, got no folder; give one with --data, or use mor-demo, which needs none")
     if asked_of == "mor-demo" and built["domains"].data is not None:
         raise ConfigError("mor-demo draws its own pictures, got --data; use mor for the data in a folder")
+    if built["router"].router == "oracle" and built["server"].policy_steps:
+        raise ConfigError(
+            "router 'oracle' is told true domains and serves judging only, it trains no policy; "
+            "set policy_steps=0, or another router"
+        )
     for word in built["clients"].kinds:
         parse_kind(word)
     number = seed if seed is not None else file.get("seed", 0)

@@ -75,6 +75,7 @@ class ToyBackbone:
     """Bags of words through a fixed random projection: instant, deterministic, and knows nothing. For tests."""
 
     name = "toy"
+    sees = False
 
     def __init__(self, hidden: int = 48) -> None:
         self.hidden = hidden

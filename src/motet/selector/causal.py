@@ -41,6 +41,8 @@ COMPARISON = (
 class CausalBackbone:
     """A causal language model of transformers, frozen."""
 
+    sees = False
+
     def __init__(self, settings: BackboneSettings, model: Any, tokenizer: Any, name: str) -> None:
         self.settings, self.tokenizer, self.name = settings, tokenizer, name
         self.device = find_device(settings.device)

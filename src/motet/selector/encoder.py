@@ -40,6 +40,8 @@ class EncoderBackbone:
     their mean, or the state of the last one, in the layer that ``depth`` says.
     """
 
+    sees = False
+
     def __init__(self, settings: BackboneSettings, model: Any, tokenizer: Any, name: str) -> None:
         self.settings, self.tokenizer, self.name = settings, tokenizer, name
         self.device = find_device(settings.device)

@@ -188,7 +188,7 @@ def items_of(
     backbone: Backbone, prompts: Sequence[Prompt], answers: Sequence[str], images: Sequence[Image | None]
 ) -> list[Item]:
     """What a backbone is given: pictures only if it sees, so that a reader of texts embeds each text once."""
-    if not getattr(backbone, "sees", False):
+    if not backbone.sees:
         return list(zip(prompts, answers, strict=True))
     return list(zip(prompts, answers, images, strict=True))
 

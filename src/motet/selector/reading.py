@@ -75,6 +75,8 @@ class Backbone(Protocol):
     fingerprint: str
     hidden: int
     name: str
+    sees: bool
+    """Whether it looks at pictures; one that does not is not shown any."""
 
     def embed(self, items: Sequence[Item]) -> Iterator[tuple[list[int], Embedded]]:
         """Batches: which items, and what the model says of them. Every item comes once, in any order."""

@@ -23,11 +23,12 @@ COLOURS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 215, 50),
     "orange": (240, 140, 30), "purple": (150, 60, 180), "white": (245, 245, 245), "black": (15, 15, 15),
     "grey": (128, 128, 128), "pink": (245, 150, 190), "brown": (125, 80, 40), "teal": (30, 150, 150),
+    "cyan": (40, 215, 220),
 }  # fmt: skip
 """Names of colours, and a shade of each."""
 LEAST_SHARE = 0.01
 """Of a picture's pixels that make a colour one of the picture's."""
-NUMBERS = {"no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"}
+NUMBERS = {"one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"}
 RULES = ("words", "many words", "number", "yes or no", "echo", "colours shown", "colours", "letters a word")
 """What each number is."""
 
@@ -65,7 +66,7 @@ class RuleBackbone:
         return [len(item[1].split()) for item in items]
 
     def _rules(self, prompt: tuple[Turn, ...], answer: str, image: Image | None) -> list[float]:
-        words = [word.strip(".,;:!?'\"()").lower() for word in answer.split()]
+        words = [word.strip(".,;:!?'\"()").lower().replace("gray", "grey") for word in answer.split()]
         asked = {word.strip(".,;:!?'\"()").lower() for word in prompt[-1].content.split()}
         named = [word for word in words if word in COLOURS]
         shown = colours_of(image) if image is not None and named else frozenset(named)

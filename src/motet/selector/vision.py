@@ -57,6 +57,8 @@ class Prepared(NamedTuple):
 class VisionBackbone:
     """A vision-language model of transformers, frozen: any that ``AutoModelForImageTextToText`` opens."""
 
+    sees = True
+
     def __init__(self, settings: BackboneSettings, model: Any, processor: Any, name: str) -> None:
         self.settings, self.processor, self.tokenizer, self.name = settings, processor, processor.tokenizer, name
         self.device = find_device(settings.device)
@@ -221,6 +223,7 @@ class PictureBackbone:
 
     name = "efficientnet-lite0"
     hidden = 2 * PARTS + PARTS * PARTS
+    sees = True
 
     def __init__(self, settings: BackboneSettings, tower: Any, processor: Any) -> None:
         self.settings, self.processor = settings, processor
