@@ -210,7 +210,8 @@ SMALL = {
     "kinds": ["rules", "toy"], "pairs_per_client": 12, "public_pairs": 60, "test_pairs": 60, "base_questions": 0,
     "public_questions": 30, "test_questions": 20, "scored_questions": 20, "domains": ["shapes", "tables"],
     "clients": 4, "policy_steps": 2, "check_every": 1, "validation_prompts": 4, "group_size": 2, "groups_per_step": 2,
-    "attack_draws": 1, "router_steps": 0, "lora_rank": 2, "max_new_tokens": 3, "examples": 2, "lora_targets": ["q_proj", "v_proj"],
+    "attack_draws": 1, "router_steps": 0, "lora_rank": 2, "max_new_tokens": 3, "examples": 2,
+    "lora_targets": ["q_proj", "v_proj"],
 }  # fmt: skip
 
 

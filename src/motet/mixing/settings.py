@@ -89,7 +89,24 @@ USUAL: Mapping[str, Mapping[str, Any]] = {
 """Where a mixture's defaults differ from those of a taste-gated policy."""
 OWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "mor-demo": {"server": {"policy_steps": 150}},
-    "mor": {"eyes": {"eyes_steps": 500}},  # of real questions there are few
+    # of real questions there are few, but for shapes: a small model learns to see nothing else from them
+    "mor": {
+        "eyes": {"eyes_steps": 500},
+        "clients": {
+            "kinds": (
+                "sentence",
+                "causal",
+                "rules",
+                "picture",
+                "vlm",
+                "picture",
+                "sentence",
+                "sentence",
+                "sentence",
+                "vlm",
+            ),
+        },
+    },
 }
 """What each recipe sets beside that."""
 
