@@ -3,7 +3,7 @@
 In:  embeddings of a client's chosen and rejected answers; for a reward that is asked, prompts, answers and pictures.
 Out: one score an answer. ``head.safetensors`` and ``head.json`` hold everything but the backbone.
 
-Bradley-Terry, with a term that keeps rewards about zero (``docs/equations.md``, E23):
+Bradley-Terry, with a term that keeps rewards about zero (``docs/equations.md``, E29):
 
     mean[ softplus(r(rejected) - r(chosen)) ] + centring * mean[ (r(chosen) + r(rejected))^2 ]
 
@@ -146,7 +146,7 @@ def start_weights(width: int, settings: HeadSettings, seed: int) -> dict[str, Te
 
 
 def head_loss(weights: Mapping[str, Tensor], better: Tensor, worse: Tensor, settings: HeadSettings) -> Tensor:
-    """(E23) and the ridge, a mean over pairs, in nats."""
+    """(E29) and the ridge, a mean over pairs, in nats."""
     up, down = _forward(weights, better), _forward(weights, worse)
     fit = F.softplus(down - up).mean() + settings.centring * (up + down).square().mean()
     size = sum(
