@@ -237,5 +237,5 @@ def test_it_reads_pictures(tmp_path: Path) -> None:
     assert seeing > blind + 0.2
     assert seeing > 0.5
     pixels = image_processor(96)([taught[0].image.pil()] if taught[0].image else [], return_tensors="pt")
-    features = model.model.vision_tower(pixels["pixel_values"]).last_hidden_state
+    features = model.model.vision_tower(pixels["pixel_values"]).last_hidden_state.detach()
     assert 0.05 < float(features[..., :1280].mean()) < 0.12, "ImageNet's weights came through the folder"
