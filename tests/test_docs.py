@@ -199,12 +199,13 @@ def all_tables() -> list[tuple[str, Any, Mapping[str, Any] | None]]:
     from motet.align import TABLES as ALIGNMENT
     from motet.experiment import PRESETS, TABLES
     from motet.judging import TABLES as JUDGING
+    from motet.mixing.settings import TABLES as MIXTURE
 
     own = [(f"algorithm of {name}", method.settings, method.paper) for name, method in ALGORITHMS.items()]
     return (
         [(name, kind, PRESETS["paper"].get(name, {})) for name, kind in TABLES.items()]
         + own
-        + [(name, kind, None) for name, kind in {**ALIGNMENT, **JUDGING}.items()]
+        + [(name, kind, None) for name, kind in {**ALIGNMENT, **JUDGING, **MIXTURE}.items()]
     )
 
 
