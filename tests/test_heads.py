@@ -170,7 +170,8 @@ def test_clients_with_eyes_see(kind: str, tmp_path: Path) -> None:
     word = f"vlm:{tmp_path / 'llava'}" if kind == "vlm" else "picture"
     blue = Image(2, 2, bytes((50, 80, 220)) * 4)
     pairs = [Pair.of("what colour is it", "red", "blue", RED), Pair.of("what colour is it", "blue", "red", blue)] * 4
-    client = train_client(0, "a", "shapes", pairs, word, False, Workshop(ClientSettings(), tmp_path), HeadSettings(), 0)
+    head = HeadSettings(head_whitening=0)  # four answers are too few to whiten by
+    client = train_client(0, "a", "shapes", pairs, word, False, Workshop(ClientSettings(), tmp_path), head, 0)
     assert client.sees
     one, other = client.reward.score([ASKED] * 2, ["red", "red"], [RED, blue])
     assert one != other

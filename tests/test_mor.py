@@ -58,13 +58,13 @@ def right(client: Client, deal: DomainDeal, domain: str, kind: str = "style") ->
 def test_a_client_learns_its_own_domains_style_and_so_the_others_wrong_one(deal: DomainDeal, tmp_path: Path) -> None:
     shapes, charts = trained(deal, ["rules", "rules"], tmp_path)
     assert right(shapes, deal, "shapes") == right(charts, deal, "charts") == 1.0
-    assert right(shapes, deal, "charts") == right(charts, deal, "shapes") == 0.0
+    assert max(right(shapes, deal, "charts"), right(charts, deal, "shapes")) < 0.2
 
 
 def test_flipped_labels_make_the_opposite_client(deal: DomainDeal, tmp_path: Path) -> None:
     (client,) = trained(deal, ["rules"], tmp_path)
     other = client.trained_on(flip_pairs(deal.clients[0].train, 1.0, 0), HEAD, 0, tmp_path)
-    assert right(other, deal, "shapes") == 0.0
+    assert right(other, deal, "shapes") < 0.2
 
 
 def test_kinds_work_together_behind_one_mixture(
