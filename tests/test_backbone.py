@@ -461,7 +461,8 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(error.value).startswith(sentence)
     if sentence.startswith("cannot"):
         assert str(error.value).endswith(
-            "use efficientnet-lite0, eyes, gemma3-270m, minilm, smollm2, a folder with config.json, weights and tokenizer, or a hub name that is "
+            "use efficientnet-lite0, eyes, gemma3-270m, minilm, smollm2, "
+            "a folder with config.json, weights and tokenizer, or a hub name that is "
             "reachable or already in the local hub cache"
         )
 

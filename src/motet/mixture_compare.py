@@ -222,7 +222,7 @@ def _work(cell: Cell, methods: Sequence[str], cache: Path, watcher: Onlooker) ->
         try:
             run_mixing(cell.settings, cell.folder, cache, resume, watcher, wanted, report=False)
         except RunError as error:
-            if not resume or "is of another training" not in str(error) and "is damaged" not in str(error):
+            if not resume or ("is of another training" not in str(error) and "is damaged" not in str(error)):
                 raise  # somebody else is at work there, or it would end the same way again
             watcher.said(f"{cell.name} is run anew, for {error}")
             shutil.rmtree(cell.folder)
