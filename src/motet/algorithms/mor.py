@@ -22,7 +22,7 @@ from motet.config import Section, nearest
 from motet.errors import ConfigError
 from motet.federated.contract import weighted_mean
 from motet.records import Image, Pair, Turn
-from motet.selector.backbone import Backbone, BackboneSettings, Embedded, open_backbone
+from motet.selector.backbone import Backbone, BackboneSettings, open_backbone
 from motet.selector.heads import (
     HeadReward,
     HeadSettings,
@@ -37,6 +37,7 @@ from motet.selector.heads import (
 )
 from motet.selector.reward import RewardModel, SelectorReward, open_reward
 from motet.selector.rules import RuleBackbone
+from motet.selector.whitening import Whitening
 
 Prompt = tuple[Turn, ...]
 
@@ -272,13 +273,9 @@ def averaged_heads(
     return tuple(replace(c, reward=HeadReward(head, backbone, cache, c.name)) for c in clients), traffic
 
 
-def _columns(backbone: Backbone, pairs: Sequence[Pair], whitening: object, cache: Path) -> tuple[Tensor, Tensor]:
+def _columns(backbone: Backbone, pairs: Sequence[Pair], whitening: Whitening, cache: Path) -> tuple[Tensor, Tensor]:
     chosen, rejected = embed_pairs(backbone, pairs, cache)
-    return _wide(whitening, chosen), _wide(whitening, rejected)
-
-
-def _wide(whitening: object, said: Embedded) -> Tensor:
-    return columns(whitening, said).double()  # type: ignore[arg-type]
+    return columns(whitening, chosen).double(), columns(whitening, rejected).double()
 
 
 def _descend(

@@ -178,6 +178,16 @@ def fuse(
     return torch.where(total > 0, (lower + upper).squeeze(0) / 2, 0.0)
 
 
+def heard(
+    weights: Float[Tensor, "clients groups"], voices: Bool[Tensor, "clients groups"], most: float | None
+) -> Float[Tensor, "clients groups"]:
+    """Weights of the clients that have a voice, summing to 1 in each group, capped at ``most`` if there is a cap."""
+    shares = weights.double() * voices
+    total = shares.sum(dim=0)
+    shares = shares / torch.where(total > 0, total, 1.0)
+    return shares if most is None else cap(shares, most)
+
+
 def cap(weights: Float[Tensor, "clients groups"], most: float) -> Float[Tensor, "clients groups"]:
     """Weights that sum to 1 in each group, none above ``most``; what is cut goes to the others in proportion. (E26)
 

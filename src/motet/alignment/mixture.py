@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from motet.alignment.asked import Prompt, RewardAnswer, query_of
-from motet.alignment.fusion import Calibration, cap, fuse, normalise
+from motet.alignment.fusion import Calibration, fuse, heard, normalise
 from motet.alignment.router import Router, RouterSettings
 from motet.errors import ConfigError, MotetError, RunError
 from motet.records import Image
@@ -112,12 +112,8 @@ class MixtureReward:
             z, voices = self.calibration.rewards(raw, call.groups)
         else:
             z, voices = normalise(raw, call.groups)
-        shares = weights.double().T * voices
-        total = shares.sum(dim=0)
-        shares = shares / torch.where(total > 0, total, 1.0)
-        if self.settings.weight_cap is not None:
-            shares = cap(shares, self.settings.weight_cap)
         s = self.settings
+        shares = heard(weights.T, voices, s.weight_cap)
         rewards = fuse(z, shares[:, call.groups], s.fusion, s.spread_weight, s.trim)
         found = Fused(rewards, raw, z, shares, voices, call.groups)
         self.last = {**call.figures, **figures(self.router.names, found)}

@@ -17,6 +17,7 @@ from motet.alignment.lora import start_adapter
 from motet.alignment.opened import open_base
 from motet.alignment.trainers import DPOSettings, implicit_margins, train_dpo
 from motet.federated.contract import weighted_mean
+from motet.mixing.scores import preferred
 from motet.records import Pair, generator
 from motet.selector.backbone import find_device, find_dtype
 
@@ -57,4 +58,4 @@ def judge_feddpo(ready: "Ready", watcher: "Watcher") -> tuple[list[float], int]:
         adapter = weighted_mean(sent, weights)
         traffic += 2 * len(clients) * sum(4 * tensor.numel() for tensor in adapter.values())
     margins = implicit_margins(base, adapter, shown(ready.test.pairs), settings)
-    return [0.5 if margin == 0 else float(margin > 0) for margin in margins.tolist()], traffic
+    return preferred(margins), traffic

@@ -27,12 +27,11 @@ from motet.alignment.opened import OpenBase, open_base
 from motet.alignment.policy import start_policy
 from motet.alignment.stretches import Look
 from motet.data.questions import Question
-from motet.mixing.run import Ready, Silent, prepare_mixture
+from motet.mixing.run import Ready, Silent, base_reading, mixture_of, prepare_mixture
 from motet.mixing.settings import MixingSettings, resolve_mixing
 from motet.records import Image, Turn, generator
-from motet.selector.backbone import BackboneSettings, find_device, find_dtype, open_backbone
+from motet.selector.backbone import find_device, find_dtype, open_backbone
 from motet.selector.features import embed_prompts
-from motet.selector.heads import HeadReward
 from motet.selector.reward import RewardModel
 
 WHOLE = "whole"
@@ -107,12 +106,7 @@ def step_seconds(cache: Path, repeats: int, words: Mapping[str, Any] | None = No
         ready = prepare_mixture(asked, Path(folder), cache, Silent())
         place = find_device(asked.server.base_device)
         base = open_base(ready.base, str(place), find_dtype(asked.server.base_dtype, place))
-        backbone = open_backbone(
-            BackboneSettings(
-                model=ready.base, dtype=asked.server.base_dtype, device=asked.server.base_device, max_prompt_tokens=128
-            ),
-            cache,
-        )
+        backbone = open_backbone(base_reading(asked, ready.base), cache)
 
         def see(prompts: Sequence[Any], images: Sequence[Image | None] | None) -> Tensor:
             return embed_prompts(backbone, prompts, images, None)
@@ -138,12 +132,10 @@ def _mixture(
     ready: Ready, see: Callable[[Sequence[Any], Sequence[Image | None] | None], Tensor], clock: dict[str, float]
 ) -> MixtureReward:
     """The routed mixture with nothing remembered, and a clock at each client."""
-    mixed = ready.mixed(ready.asked.router.router)
-    clients: dict[str, RewardModel] = {}
-    for client in ready.clients:
-        reward = replace(client.reward, cache=None) if isinstance(client.reward, HeadReward) else client.reward
-        clients[client.name] = Clocked(reward, clock, client.kind)
-    return MixtureReward(clients, mixed.router, see, ready.asked.router, mixed.calibration)
+    mixture = mixture_of(ready, ready.mixed(ready.asked.router.router))
+    kinds = {client.name: client.kind for client in ready.clients}
+    clocked = {name: Clocked(reward, clock, kinds[name]) for name, reward in mixture.clients.items()}
+    return replace(mixture, clients=clocked, see=see)
 
 
 def _timed(base: OpenBase, asked: MixingSettings, questions: Sequence[Question], reward: RewardModel) -> float:

@@ -11,7 +11,7 @@ or parameters (the controls ``fedavg-reward`` and ``feddpo`` are given them, bei
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,6 +36,7 @@ from motet.mixing.scores import (
     Mixed,
     fit_mixture,
     leave_one_out,
+    preferred,
     robustness,
     row,
 )
@@ -97,6 +98,8 @@ class Ready:
     see: See
     """Embeds prompts by the frozen base, for the router."""
     seconds: Mapping[str, float]
+    fitted: dict[str, Mixed] = field(default_factory=dict)
+    """Mixtures that were fitted before, by their routing."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,8 +113,10 @@ class Ready:
 
     def mixed(self, router: str) -> Mixed:
         """The mixture of some routing, fitted to the public pairs."""
-        settings = self.asked.router.model_copy(update={"router": router})
-        return fit_mixture(self.public, settings, self.domains, self.names, self.asked.seed)
+        if router not in self.fitted:
+            settings = self.asked.router.model_copy(update={"router": router})
+            self.fitted[router] = fit_mixture(self.public, settings, self.domains, self.names, self.asked.seed)
+        return self.fitted[router]
 
 
 def prepare_mixture(asked: MixingSettings, out: Path, cache: Path, watcher: Watcher) -> Ready:
@@ -173,7 +178,7 @@ def _clients(
 
 
 def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
-    backbone = open_backbone(_base_reading(asked, base), cache)
+    backbone = open_backbone(base_reading(asked, base), cache)
     known: dict[tuple[Prompt, str | None], Tensor] = {}
 
     def see(prompts: Sequence[Prompt], images: Sequence[Image | None] | None) -> Tensor:
@@ -189,7 +194,7 @@ def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
     return see
 
 
-def _base_reading(asked: MixingSettings, base: str) -> BackboneSettings:
+def base_reading(asked: MixingSettings, base: str) -> BackboneSettings:
     """How the server's own model reads, frozen: for the router, and as the architecture that all clients can share."""
     return BackboneSettings(
         model=base, dtype=asked.server.base_dtype, device=asked.server.base_device, max_prompt_tokens=128
@@ -309,8 +314,7 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
 def _client_rows(ready: Ready) -> list[dict[str, Any]]:
     rows = []
     for place, client in enumerate(ready.clients):
-        margin = ready.test.rewards[place, 0] - ready.test.rewards[place, 1]
-        won = ((margin > 0).double() + 0.5 * (margin == 0).double()).tolist()
+        won = preferred(ready.test.rewards[place, 0] - ready.test.rewards[place, 1])
         accuracy = row(None, won, ready.test)["accuracy"]
         others = [share for domain, share in accuracy.items() if domain != client.domain]
         rows.append(
@@ -356,7 +360,7 @@ def _method_rows(ready: Ready, methods: Sequence[str], cache: Path, watcher: Wat
 def _averaged(ready: Ready, cache: Path) -> dict[str, Any]:
     """The control of averaged heads, mixed evenly."""
     pairs = {dealt.name: dealt.train for dealt in ready.deal.clients}
-    common = open_backbone(_base_reading(ready.asked, ready.base), cache)
+    common = open_backbone(base_reading(ready.asked, ready.base), cache)
     clients, traffic = averaged_heads(ready.clients, pairs, ready.deal.public, common, ready.asked.head, cache)
 
     def again(judged: Judged) -> Judged:

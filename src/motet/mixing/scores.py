@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from motet.alignment.fusion import Calibration, calibrate, cap, fuse, normalise
+from motet.alignment.fusion import Calibration, calibrate, fuse, heard
 from motet.alignment.router import Router, RouterSettings, fit_router
 from motet.evaluation.intervals import by_prompt
-from motet.records import Pair, generator
-from motet.trust.hostile import ATTACKS, FLIPPED, attack
+from motet.records import Pair
+from motet.trust.hostile import ATTACKS, FLIPPED, attack, draw_hostile
 
 METHODS: Mapping[str, str] = {
     "mor": "MoR: learned router",
@@ -77,8 +77,6 @@ class Mixed:
     settings: RouterSettings
     domains: tuple[str, ...]
     """Domain of each client; looked at by ``oracle`` and by the judge."""
-    by_group: bool = False
-    """Whether pairs are fused by z-scores of their two answers, as groups of GRPO are, in place of the calibration."""
 
     def weights(
         self, judged: Judged, present: Bool[Tensor, " clients"] | None = None
@@ -99,14 +97,15 @@ class Mixed:
         groups = torch.arange(pairs).repeat(2)
         rewards = judged.rewards.flatten(1)
         # two answers a prompt are a group too small for z-scores: those would be 1 and -1, whoever is how sure
-        z, voices = normalise(rewards, groups) if self.by_group else self.calibration.rewards(rewards, groups)
-        shares = self.weights(judged, rewards.isfinite().any(dim=1)).T * voices
-        total = shares.sum(dim=0)
-        shares = shares / torch.where(total > 0, total, 1.0)
-        if s.weight_cap is not None:
-            shares = cap(shares, s.weight_cap)
+        z, voices = self.calibration.rewards(rewards, groups)
+        shares = heard(self.weights(judged, rewards.isfinite().any(dim=1)).T, voices, s.weight_cap)
         fused = fuse(z, shares.repeat(1, 2), s.fusion, s.spread_weight, s.trim).view(2, pairs)
-        return ((fused[0] > fused[1]).double() + 0.5 * (fused[0] == fused[1]).double()).tolist()
+        return preferred(fused[0] - fused[1])
+
+
+def preferred(margins: Float[Tensor, " pairs"]) -> list[float]:
+    """Of each pair: 1 where the chosen answer is ahead, 0 where the other is, 1/2 for a tie."""
+    return ((margins > 0).double() + 0.5 * (margins == 0).double()).tolist()
 
 
 def fit_mixture(
@@ -234,10 +233,7 @@ def robustness(
         for hostile in (1, 2, 3):
             if hostile >= len(names):
                 continue
-            drawn = [
-                torch.randperm(len(names), generator=generator(seed, "hostile", draw))[:hostile].tolist()
-                for draw in range(draws)
-            ]
+            drawn = [draw_hostile(len(names), hostile, seed, draw) for draw in range(draws)]
             for mode, some in ((PLAIN, trusting(settings)), (ROBUST, robust(settings))):
                 found = []
                 for who in drawn:

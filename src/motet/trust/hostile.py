@@ -74,9 +74,9 @@ def flip_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[Pair, ..
     return tuple(pair.mirrored() if place in flipped else pair for place, pair in enumerate(pairs))
 
 
-def draw_hostile(clients: int, hostile: int, seed: int) -> tuple[int, ...]:
-    """Which of the clients are hostile, by lot, ascending; of one seed, more contain fewer."""
-    order = torch.randperm(clients, generator=generator(seed, "hostile"))
+def draw_hostile(clients: int, hostile: int, seed: int, *names: int) -> tuple[int, ...]:
+    """Which of the clients are hostile, by lot, ascending; of one seed, and one name of the draw, more contain fewer."""
+    order = torch.randperm(clients, generator=generator(seed, "hostile", *names))
     return tuple(sorted(order[:hostile].tolist()))
 
 
