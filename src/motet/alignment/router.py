@@ -48,7 +48,7 @@ class RouterSettings(GateSettings):
     """A client gets no weight where it is right on fewer of the public pairs (learned, competence, prototypes); 0
     trusts everybody. Where all fail, those that fail least are kept."""
     top_k: int | None = Field(None, ge=1)
-    """Most clients that are asked about a prompt; left out: all that have weight."""
+    """Most clients that are asked about a prompt; left out: all that have weight. The router ``uniform`` asks all."""
     weight_cap: float | None = Field(None, gt=0, le=1)
     """Most weight of one client; 0.35 where clients are not trusted. Fewer clients than 1 / weight_cap share evenly."""
     fusion: Fusing = "mean"
@@ -194,7 +194,9 @@ class TableRouter:
                 f"the oracle has {len(self.table)} domains, got rows of {areas.shape[1]} numbers; "
                 "give it one-hot rows of true domains in place of embeddings"
             )
-        return masked(areas @ self.table, present, 1 if self.settings.router == "best" else self.settings.top_k)
+        # the uniform mean is a mean over everybody, or it would be another router
+        most = {"best": 1, "uniform": None}.get(self.settings.router, self.settings.top_k)
+        return masked(areas @ self.table, present, most)
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Router`."""

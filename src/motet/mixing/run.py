@@ -23,8 +23,9 @@ from motet.algorithms.mor import Client, Prompt, Workshop, averaged_heads, parse
 from motet.alignment.mixture import MixtureReward, See
 from motet.alignment.opened import OpenBase, open_base
 from motet.alignment.router import CompetenceRouter, LearnedRouter, TableRouter, save_router
-from motet.config import read_toml, write_atomically, write_toml
+from motet.config import nearest, read_toml, write_atomically, write_toml
 from motet.data.domains import DomainDeal, deal_domains
+from motet.data.questions import Question
 from motet.errors import ConfigError, RunError
 from motet.experiment import locked
 from motet.mixing.card import mixture_card
@@ -149,8 +150,24 @@ def _base(asked: MixingSettings, deal: DomainDeal, cache: Path, watcher: Watcher
     if asked.server.base != "eyes":
         return model_folder(BackboneSettings(model=asked.server.base), cache)
     settings = asked.eyes.model_copy(update={"eyes_steps": asked.server.base_steps})
-    questions = spread_over_domains(deal.questions["base"], asked.server.taught_questions, 0)
-    return str(eyes(cache, questions, settings, 0, _building(watcher, "the server's model")))
+    return str(eyes(cache, _taught(asked, deal), settings, 0, _building(watcher, "the server's model")))
+
+
+def _taught(asked: MixingSettings, deal: DomainDeal) -> list[Question]:
+    """What the server's own small model is taught: as much of each domain as of any other, but for the scarce ones."""
+    s, kept = asked.server, list[Question]()
+    for domain in s.scarce_domains:
+        if domain not in deal.domains:
+            raise ConfigError(
+                f"scarce_domains must name domains of the run, got {domain!r}; {nearest(domain, deal.domains)}"
+            )
+    scarce = dict.fromkeys(s.scarce_domains, s.scarce_questions)
+    for question in spread_over_domains(deal.questions["base"], s.taught_questions, 0):
+        if scarce.get(question.domain, 1) > 0:
+            kept.append(question)
+            if question.domain in scarce:
+                scarce[question.domain] -= 1
+    return kept
 
 
 def _building(watcher: Watcher, what: str) -> Callable[[int, int, float], None]:

@@ -34,6 +34,11 @@ class ServerSettings(Section):
     """Steps of training of the server's own small model, where it is ``eyes``; few leave it something to learn."""
     taught_questions: int = Field(4000, ge=1)
     """Questions with answers that the server's own small model is taught, of those for bases."""
+    scarce_domains: tuple[str, ...] = ()
+    """Domains of which that small model is taught ``scarce_questions`` questions only: what else it is to know of them,
+    the clients' scores must teach it."""
+    scarce_questions: int = Field(60, ge=0)
+    """Questions of each of them that it is taught; enough to know what is asked, too few to know how to answer."""
     policy_steps: int = Field(0, ge=0)
     """Steps of GRPO with the routed mixture; 0 trains no policy: reward models and routing only."""
     base_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -81,14 +86,19 @@ USUAL: Mapping[str, Mapping[str, Any]] = {
         ),
     },
     "grpo": {
-        "grpo_learning_rate": 3e-4, "group_size": 8, "groups_per_step": 8, "answers_per_pass": 64,
+        "grpo_learning_rate": 1e-3, "group_size": 8, "groups_per_step": 16, "answers_per_pass": 64,
         "drop_flat_groups": True, "group_mixtures": 0,
     },
     "sampling": {"max_new_tokens": 16, "sampling_temperature": 1.0},
 }  # fmt: skip
 """Where a mixture's defaults differ from those of a taste-gated policy."""
 OWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "mor-demo": {"server": {"policy_steps": 150}},
+    # a model that has hardly been taught shapes, whose clients know them: what it lacks, the scores have to bring
+    "mor-demo": {
+        "server": {"policy_steps": 150, "base_steps": 900, "scarce_domains": ("shapes",)},
+        "domains": {"public_questions": 2000},
+        "router": {"top_k": 2},
+    },
     # of real questions there are few, but for shapes: a small model learns to see nothing else from them
     "mor": {
         "eyes": {"eyes_steps": 500},
