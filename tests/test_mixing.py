@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from motet.alignment.router import RouterSettings
 from motet.cli.mixtures import is_mixture
+from motet.data.domains import deal_domains
 from motet.errors import ConfigError, RunError
 from motet.mixing.evaluate import spread_over_domains
-from motet.mixing.run import run_mixing
+from motet.mixing.run import _taught, run_mixing
 from motet.mixing.scores import METHODS, ROUTED, Judged, fit_mixture, leave_one_out, robust, robustness, row
 from motet.mixing.server import Answered, _strangers, gains, score_table
 from motet.mixing.settings import resolve_mixing
@@ -139,11 +141,26 @@ def test_the_robust_setting_is_what_the_page_says() -> None:
         ("mor-demo", {"kinds": ["selector"]}, "write selector:FOLDER:N"),
         ("mor-demo", {"routr": "best"}, "unknown setting 'routr' in --set; did you mean 'router'"),
         ("mor-demo", {"router": "bets"}, "router in --set"),
+        (
+            "mor-demo",
+            {"scarce_domains": ["shape"]},
+            "scarce_domains must name domains, got 'shape'; did you mean 'shapes'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(recipe: str, words: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         resolve_mixing(recipe, words)
+
+
+def test_of_a_scarce_domain_the_server_is_taught_little() -> None:
+    asked = resolve_mixing("mor-demo", {"base_questions": 200, "taught_questions": 200, "scarce_questions": 7})
+    deal = deal_domains(asked.domains, 0)
+    taught = Counter(question.domain for question in _taught(asked, deal))
+    assert taught == {"detail": 40, "scans": 40, "tables": 40, "charts": 40, "shapes": 7}
+    nothing = resolve_mixing("mor-demo", {"base_questions": 200, "taught_questions": 200, "scarce_questions": 0})
+    assert "shapes" not in {question.domain for question in _taught(nothing, deal)}
+    assert not resolve_mixing("mor", {"data": "somewhere"}).server.scarce_domains, "of real data there is little anyway"
 
 
 def test_settings_come_back_from_their_file(tmp_path: Path) -> None:

@@ -175,6 +175,11 @@ def test_top_k_asks_so_many(public: World) -> None:
     assert masked(torch.tensor([[0.2, 0.5, 0.3]]), torch.tensor([True, False, False]), 2).tolist() == [[1.0, 0.0, 0.0]]
 
 
+def test_the_uniform_mean_is_over_everybody_whatever_top_k_says(public: World) -> None:
+    plain, few = (made(public, router="uniform", top_k=most) for most in (None, 2))
+    assert torch.equal(few.weights(public.prompts[:5]), plain.weights(public.prompts[:5]))
+
+
 # --- trust
 
 

@@ -23,7 +23,7 @@ from motet.algorithms.mor import Client, Prompt, Workshop, averaged_heads, parse
 from motet.alignment.mixture import MixtureReward, See
 from motet.alignment.opened import OpenBase, open_base
 from motet.alignment.router import CompetenceRouter, LearnedRouter, TableRouter, save_router
-from motet.config import nearest, read_toml, write_atomically, write_toml
+from motet.config import read_toml, write_atomically, write_toml
 from motet.data.domains import DomainDeal, deal_domains
 from motet.data.questions import Question
 from motet.errors import ConfigError, RunError
@@ -156,11 +156,6 @@ def _base(asked: MixingSettings, deal: DomainDeal, cache: Path, watcher: Watcher
 def _taught(asked: MixingSettings, deal: DomainDeal) -> list[Question]:
     """What the server's own small model is taught: as much of each domain as of any other, but for the scarce ones."""
     s, kept = asked.server, list[Question]()
-    for domain in s.scarce_domains:
-        if domain not in deal.domains:
-            raise ConfigError(
-                f"scarce_domains must name domains of the run, got {domain!r}; {nearest(domain, deal.domains)}"
-            )
     scarce = dict.fromkeys(s.scarce_domains, s.scarce_questions)
     for question in spread_over_domains(deal.questions["base"], s.taught_questions, 0):
         if scarce.get(question.domain, 1) > 0:

@@ -17,7 +17,8 @@ from motet.alignment.router import RouterSettings
 from motet.alignment.sampling import SamplingSettings
 from motet.alignment.stretches import PolicySettings
 from motet.config import Section, nearest, read_toml, settings, words_by_table
-from motet.data.domains import DomainSettings
+from motet.data.domains import READERS, DomainSettings
+from motet.data.drawn import DRAWN
 from motet.errors import ConfigError
 from motet.mixing import MIXTURES
 from motet.selector.eyes import EyesSettings
@@ -182,6 +183,10 @@ def resolve_mixing(
             "router 'oracle' is told true domains and serves judging only, it trains no policy; "
             "set policy_steps=0, or another router"
         )
+    known = tuple(DRAWN) if asked_of == "mor-demo" else READERS
+    for domain in built["server"].scarce_domains:  # one that takes no part is scarce in vain
+        if domain not in known:
+            raise ConfigError(f"scarce_domains must name domains, got {domain!r}; {nearest(domain, known)}")
     for word in built["clients"].kinds:
         parse_kind(word)
     number = seed if seed is not None else file.get("seed", 0)

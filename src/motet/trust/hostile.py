@@ -75,7 +75,7 @@ def flip_pairs(pairs: Sequence[Pair], share: float, seed: int) -> tuple[Pair, ..
 
 
 def draw_hostile(clients: int, hostile: int, seed: int, *names: int) -> tuple[int, ...]:
-    """Which of the clients are hostile, by lot, ascending; of one seed, and one name of the draw, more contain fewer."""
+    """Which of the clients are hostile, by lot, ascending; of one seed and one named draw, more contain fewer."""
     order = torch.randperm(clients, generator=generator(seed, "hostile", *names))
     return tuple(sorted(order[:hostile].tolist()))
 
