@@ -166,7 +166,7 @@ def test_prompts_pictures_and_tastes_make_groups() -> None:
 
 def test_only_clients_with_weight_are_asked_and_nothing_twice() -> None:
     table = torch.tensor([[0.6, 0.4, 0.0]])
-    settings = RouterSettings(router="uniform", top_k=1)
+    settings = RouterSettings(router="prototypes", top_k=1)
     clients = {name: Counted(name) for name in "abc"}
     router = TableRouter(tuple("abc"), settings, torch.zeros(0), torch.zeros(0, 0), table)
     mixture = MixtureReward(clients, router, see, settings)

@@ -40,9 +40,9 @@ LOOK_EVERY, PATIENCE = 5, 4
 class GateSettings(Section):
     """How the learned router is trained."""
 
-    router_areas: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 8, 16), min_length=1)
+    router_areas: tuple[Annotated[int, Field(ge=1)], ...] = Field((8, 16, 32, 64), min_length=1)
     """Numbers of areas that are tried; the one that explains held-out public pairs best is kept."""
-    router_dimensions: int = Field(16, ge=1)
+    router_dimensions: int = Field(32, ge=1)
     """Principal axes of the public prompts that the router sees."""
     router_temperature: float = Field(0.1, gt=0)
     """Of the softmax over clients, in units of squashed margins, or of accuracy (competence, prototypes)."""

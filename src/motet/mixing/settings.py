@@ -97,7 +97,7 @@ OWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # a model that has hardly been taught shapes, whose clients know them: what it lacks, the scores have to bring
     "mor-demo": {
         "server": {"policy_steps": 150, "base_steps": 900, "scarce_domains": ("shapes",)},
-        "domains": {"public_questions": 2000},
+        "domains": {"public_pairs": 1000, "public_questions": 2000},
         "router": {"top_k": 2},
     },
     # of real questions there are few, but for shapes: a small model learns to see nothing else from them
