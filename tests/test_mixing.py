@@ -124,7 +124,7 @@ def test_attacks_are_tried_with_one_two_and_three_and_the_robust_setting_keeps_m
 def test_the_robust_setting_is_what_the_page_says() -> None:
     s = robust(RouterSettings(router_steps=0))
     page = (Path(__file__).parent.parent / "docs" / "mixture.md").read_text(encoding="utf-8")
-    for name in ("least_accuracy", "fusion", "trim"):
+    for name in ("least_accuracy", "fusion", "top_k"):
         assert f"`{name}={getattr(s, name)}`" in page, name
 
 

@@ -193,14 +193,14 @@ PLAIN, ROBUST = "plain", "robust"
 
 
 def robust(settings: RouterSettings) -> RouterSettings:
-    """The documented robust setting: who is right on fewer than half of the public pairs near a prompt is not heard
-    about it, and the outer fifths of the weight are trimmed."""
-    return settings.model_copy(update={"least_accuracy": 0.5, "fusion": "trimmed", "trim": 0.2})
+    """The documented robust setting: a weighted mean, in which nobody is heard about a prompt who is right on fewer than
+    half of the public pairs near it. Trimming keeps less where only two clients know a domain (``LOG.md``)."""
+    return settings.model_copy(update={"least_accuracy": 0.5, "fusion": "mean", "weight_cap": None, "top_k": None})
 
 
 def trusting(settings: RouterSettings) -> RouterSettings:
     """The setting that trusts everybody, beside it."""
-    return settings.model_copy(update={"least_accuracy": 0.0, "fusion": "mean", "weight_cap": None})
+    return settings.model_copy(update={"least_accuracy": 0.0, "fusion": "mean", "weight_cap": None, "top_k": None})
 
 
 def robustness(

@@ -96,7 +96,12 @@ USUAL: Mapping[str, Mapping[str, Any]] = {
 OWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     # a model that has hardly been taught shapes, whose clients know them: what it lacks, the scores have to bring
     "mor-demo": {
-        "server": {"policy_steps": 150, "base_steps": 900, "scarce_domains": ("shapes",)},
+        "server": {
+            "policy_steps": 150,
+            "base_steps": 1500,
+            "taught_questions": 8000,
+            "scarce_domains": ("shapes",),
+        },
         "domains": {"public_pairs": 1000, "public_questions": 2000},
         "router": {"top_k": 2},
     },
