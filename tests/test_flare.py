@@ -36,11 +36,13 @@ from motet.engines.flare import (
     simulate,
     start_server,
     start_site,
+    stop,
 )
 from motet.engines.flare import status as status_of
 from motet.engines.flare.following import Status, _session
 from motet.engines.flare.job import write_job
 from motet.engines.flare.kits import SITE_CLASSES, deployment
+from motet.engines.flare.processes import end_server
 from motet.errors import ConfigError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of aiohttp in FLARE's own threads, which a warning would end
@@ -232,10 +234,10 @@ class MadeUp:
     def get_system_info(self) -> Any:
         clients = [SimpleNamespace(name=name, last_connect_time=time.time()) for name in self.present]
         silent = SimpleNamespace(name="c", last_connect_time=time.time() - 40)  # FLARE lists it for a minute
-        return SimpleNamespace(client_info=[*clients, silent])
+        return SimpleNamespace(client_info=[*clients, silent], job_info=[SimpleNamespace(job_id="old")])
 
     def list_jobs(self) -> list[dict[str, str]]:
-        return [{"job_id": "old", "status": "RUNNING"}, {"job_id": "older", "status": "FINISHED:COMPLETED"}]
+        return [{"job_id": "old", "status": "RUNNING"}, {"job_id": "ghost", "status": "RUNNING"}]
 
     def submit_job(self, folder: str) -> str:
         server = json.loads((Path(folder) / "app_server" / "config" / "config_fed_server.json").read_text())
@@ -603,11 +605,15 @@ def test_a_site_refuses_other_classes_and_code_that_travels(deployment_of_three:
 
 @pytest.mark.slow
 def test_stop_ends_the_server_and_leaves_the_sites(deployment_of_three: Deployment) -> None:
-    stop(deployment_of_three.kits)
-    assert until(lambda: not deployment_of_three.processes["server"].alive(), 40)
+    kits = deployment_of_three.kits
+    until(lambda: status_of(kits, 60).sites == NAMES)
+    stop(kits)
+    assert not deployment_of_three.processes["server"].alive()
     assert all(deployment_of_three.processes[name].alive() for name in NAMES)
     with pytest.raises(RunError, match="no server answers on port"):
-        stop(deployment_of_three.kits, timeout_seconds=0.5)
+        stop(kits, timeout_seconds=0.5)
+    with pytest.raises(RunError, match="no server that was started from"):
+        end_server(kits / "server")
 
 
 def over(session: Any, job: str) -> str:

@@ -415,12 +415,12 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     began = time.monotonic()
     try:
         coordinator.start()
-        assert events["registered"].wait(180), (lines, trouble)
+        assert events["registered"].wait(300), (lines, trouble)
         nodes = {name: start(name, path) for name, path in sites.items()}
         stranger = start("stranger", sites["clinic-b"])
         nodes["stranger"] = stranger
         lingering = sites["clinic-b"].parent / "lingering"
-        until = time.monotonic() + 240
+        until = time.monotonic() + 420
         while not lingering.exists():
             assert time.monotonic() < until, (lines, trouble)
             assert coordinator.is_alive(), (lines, trouble)

@@ -282,6 +282,7 @@ LOCKING = """
 """
 
 
+@pytest.mark.slow  # two processes that import all of motet
 def test_a_second_server_on_one_run_folder_refuses(tmp_path: Path) -> None:
     from motet.experiment import locked
 

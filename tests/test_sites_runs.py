@@ -172,7 +172,8 @@ def test_who_asks_to_stop_gets_a_run_that_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="was stopped, as was asked; start it again"):
         serve(Wishing(carrier(sites), "update", 16), config, tmp_path / "out")
-    assert [row["round"] for row in rounds_of(tmp_path / "out")] == [1, 2]
+    # the wish came in round 2, whose look at the accuracy was the next question: that round is gone through again
+    assert [row["round"] for row in rounds_of(tmp_path / "out")] == [1]
     serve(carrier(sites), config, tmp_path / "out")
     assert [row["round"] for row in rounds_of(tmp_path / "out")] == [1, 2, 3]
 

@@ -21,7 +21,7 @@ from motet.report import write_report
 from motet.sites.rewarding import serve_mixture
 from motet.sites.selecting import serve_selectors
 from motet.sites.settings import read_coordination
-from motet.sites.standing import STOP, Standing, Stoppable, StopWanted
+from motet.sites.standing import STOP, Standing, Stoppable
 from motet.trust.gate import Gate
 
 RUN = "run.json"
@@ -53,13 +53,14 @@ def serve(carrier: Carrier, config: Path, out: Path, engine: str | None = None) 
             serving(coordination, federation, out, default_cache(), standing)
             write_report(out)
             standing.now("finished")
-        except StopWanted:
-            (out / STOP).unlink(missing_ok=True)
-            standing.now("stopped")
-            raise RunError("the run was stopped, as was asked; start it again, and it goes on from there") from None
         except BaseException as error:
+            # rounds and GRPO keep what is finished and raise an interrupt of their own; the wish tells it from a Ctrl-C
+            wished = isinstance(error, KeyboardInterrupt) and (out / STOP).exists()
             standing.said(f"stopped: {error}")
             standing.now("stopped")
+            if wished:
+                (out / STOP).unlink(missing_ok=True)
+                raise RunError("the run was stopped, as was asked; start it again, and it goes on from there") from None
             raise
 
 

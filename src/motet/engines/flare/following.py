@@ -21,7 +21,7 @@ from typing import Any
 
 from motet.engines.flare.job import read_note, write_job
 from motet.engines.flare.kits import ADMIN, SERVER, USER, deployment
-from motet.engines.flare.processes import SERVE, Running, listening, start_server
+from motet.engines.flare.processes import SERVE, Running, end_server, listening, start_server
 from motet.errors import ConfigError, RunError
 
 LOGIN_SECONDS = 120
@@ -127,15 +127,14 @@ def status(kits: Path, timeout_seconds: float = 10) -> Status:
 
 
 def stop(kits: Path, timeout_seconds: float = 10) -> None:
-    """End every job and the server; sites stay and wait for the next one.
+    """End every job and the server, on the server's machine; sites stay and wait for the next one.
 
     Raises:
-        RunError: No server answers.
+        RunError: No server answers, or it was not started from this folder of kits.
     """
     with _session(kits, timeout_seconds) as session:
         _abort_all(session)
-        with contextlib.suppress(Exception):
-            session.shutdown("server", wait=True, timeout=30)
+    end_server(kits / SERVER)  # by its process: FLARE's own command refuses while sites are connected
 
 
 @contextlib.contextmanager
@@ -190,8 +189,10 @@ def _present(session: Any) -> set[str]:
 
 
 def _unfinished(session: Any) -> list[tuple[str, str]]:
+    """Jobs that wait or run; those of a server that was killed say for ever that they run."""
+    at_work = {str(job.job_id) for job in session.get_system_info().job_info}
     jobs = [(str(job["job_id"]), str(job["status"])) for job in session.list_jobs()]
-    return [(job, state) for job, state in jobs if not state.startswith("FINISHED")]
+    return [(job, state) for job, state in jobs if job in at_work or state in ("SUBMITTED", "APPROVED")]
 
 
 def _abort_all(session: Any) -> None:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from motet.config import write_atomically
 from motet.engines.flare.kits import ORGANISATION, SERVER, housed
 from motet.errors import ConfigError, RunError
 
 SITE, SITES, SITE_ENTRY, SERVER_ENTRY = "MOTET_SITE", "MOTET_SITES", "MOTET_SITE_ENTRY", "MOTET_SERVER_ENTRY"
 OPEN_HOST, SERVE = "motet.sites.hosted:open_host", "motet.sites.serving:serve"
-CONSOLE = "console.txt"
+CONSOLE, PROCESS = "console.txt", "process.json"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,40 @@ def start_server(kit: Path, entry: str = SERVE) -> Running:
     config = _config(kit, "fed_server.json")
     resources = kit / "local" / "resources.json"
     resources.write_text(json.dumps(housed(json.loads(resources.read_text()), kit), indent=2) + "\n")
-    return _start(SERVER, kit, "server.server_train", config, {SERVER_ENTRY: entry})
+    server = _start(SERVER, kit, "server.server_train", config, {SERVER_ENTRY: entry})
+    about = {"pid": server.pid, "started": _started_at(server.pid)}  # a number alone may be somebody else's by then
+    write_atomically(kit / PROCESS, json.dumps(about).encode())
+    return server
+
+
+def end_server(kit: Path) -> None:
+    """End the server that was started from this kit, by whomever, and its job.
+
+    Raises:
+        RunError: There is none.
+    """
+    import psutil
+
+    try:
+        about = json.loads((kit / PROCESS).read_text(encoding="utf-8"))
+        if _started_at(about["pid"]) != about["started"]:
+            raise ValueError("another process has its number")
+        server = psutil.Process(about["pid"])
+        family = [*server.children(recursive=True), server]
+    except (OSError, ValueError, KeyError, psutil.Error):
+        raise RunError(f"no server that was started from {str(kit)!r} runs on this machine") from None
+    for one in family:
+        with contextlib.suppress(psutil.Error):
+            one.terminate()
+    for one in psutil.wait_procs(family, timeout=10)[1]:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+
+
+def _started_at(pid: int) -> float:
+    import psutil
+
+    return float(psutil.Process(pid).create_time())
 
 
 def start_site(kit: Path, site: Path, entry: str = OPEN_HOST) -> Running:

@@ -54,7 +54,7 @@ server {{
 }}
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-READY_SECONDS, COMMAND_SECONDS = 60.0, 120.0
+READY_SECONDS, COMMAND_SECONDS = 120.0, 300.0
 
 
 def provision(folder: Path, sites: Sequence[str], host: str = LOOPBACK, port: int = 8000, days: int = 730) -> None:
@@ -108,7 +108,7 @@ def start_superlink(kit: Path) -> subprocess.Popen[bytes]:
     """The server's SuperLink, listening; what it says goes to ``superlink.log`` in the kit.
 
     Raises:
-        RunError: It ended, or did not listen within a minute.
+        RunError: It ended, or did not listen within two minutes.
     """
     about = _read(kit)
     port = int(about["port"])
