@@ -256,8 +256,8 @@ def test_debug_lets_the_error_through(motet: Motet, monkeypatch: pytest.MonkeyPa
 
 
 def test_damage_in_a_run_folder_has_its_sentence(motet: Motet, mine: Path) -> None:
-    path = mine / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-50])
+    for path in (mine / "checkpoints").rglob("state.safetensors"):
+        path.write_bytes(path.read_bytes()[:-50])
     answer = motet("run", "--resume", "--out", mine, "--set", "rounds=6")
     assert answer.code == 2
     assert "motet: the checkpoint in" in answer.err

@@ -446,10 +446,12 @@ def test_tensors_have_the_names_of_the_page(left: Left) -> None:
     held = names("selector.safetensors")[0]
     page = keys(section("run-folder.md", "## selector.safetensors and config.json"))
     assert {re.sub(r"^parameters\..*", "parameters.…", name) for name in held} == {name for name in page if "." in name}
-    tensors, metadata = names("checkpoint.safetensors")
-    text = section("run-folder.md", "## checkpoint.safetensors")
+    newest = sorted((left.folder / "checkpoints").iterdir())[-1]
+    tensors, _ = names(f"checkpoints/{newest.name}/state.safetensors")
+    text = section("run-folder.md", "## checkpoints")
     assert {name.split("/")[0] for name in tensors} == set(re.findall(r"`(\w+)/…`", text))
-    assert all(f"`{name}`" in text for name in metadata)
+    manifest = json.loads((newest / "manifest.json").read_bytes())
+    assert all(f"`{name}`" in text for name in (*manifest, *manifest["about"], *manifest["files"]))
 
 
 def test_a_reply_holds_what_the_page_on_privacy_says() -> None:

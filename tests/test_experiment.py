@@ -143,7 +143,7 @@ def test_a_summary_tells_what_was_asked_and_what_came_out(toy: Path) -> None:
 
 def test_every_file_is_there_and_strict_json(toy: Path) -> None:
     assert {path.name for path in toy.iterdir()} - {".lock"} == {
-        "checkpoint.safetensors", "config.json", "config.toml", "deal.json", "evaluation.json",
+        "checkpoints", "config.json", "config.toml", "deal.json", "evaluation.json",
         "posteriors.safetensors", "report.html", "rounds.jsonl", "selector.safetensors", "summary.json",
     }  # fmt: skip
     for name in ("config.json", "deal.json", "evaluation.json", "summary.json"):
@@ -195,13 +195,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_keeps_its_folder(toy: Path, 
     out, cache = tmp_path / "run", toy.parent / "cache"
     with pytest.raises(Interrupted, match="stopped after round 2"):
         run(small(tmp_path), out, cache, watcher=Stop(3))
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match="belongs to a run with other settings, data or model"):
         run(small(tmp_path, label_noise=0.5), out, cache, resume=True)
     with pytest.raises(RunError) as error:
         run(small(tmp_path), out, cache)
     assert said(error) == f"{str(out)!r} already holds a run; add --resume to go on with it, or choose another --out"
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     run(small(tmp_path, checkpoint_every=1), out, cache, resume=True)  # how often it is kept may change
     same_outcome(toy, out)
 

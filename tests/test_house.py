@@ -13,7 +13,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 NAMES = [str(path.relative_to(HOUSE)) for path in FILES]
 
 FLOORS = (
-    ("errors", "records", "config"),
+    ("errors", "records", "config", "messages"),
     ("data", "trust"),
     ("latent",),
     ("selector",),
@@ -24,7 +24,7 @@ FLOORS = (
     ("report",),
     ("experiment", "card"),
     ("person", "reported", "cells", "mixing"),
-    ("policies", "papers"),
+    ("policies", "papers", "sites"),
     ("judging", "align"),
     ("compare", "play"),
     ("sweep", "mixture_compare", "bench"),
@@ -32,7 +32,7 @@ FLOORS = (
     ("__init__", "__main__"),
 )
 """A room may import from the floors below its own. Not all rooms are built yet."""
-STAIRS = {("records", "errors"), ("config", "errors")}
+STAIRS = {("records", "errors"), ("config", "errors"), ("messages", "errors")}
 """Errors are everybody's."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from motet.algorithms.fedvpa import FedVPA, FedVPASettings, FedVPAState
 from motet.engines.local import LocalEngine
 from motet.errors import ConfigError, RunError
 from motet.federated.contract import Ground
-from motet.federated.server import CHECKPOINT, ROUNDS, Interrupted, Progress, RunSettings, run_rounds
+from motet.federated.generations import GENERATIONS, MANIFEST, read_newest
+from motet.federated.server import ROUNDS, STATE, Interrupted, Progress, RunSettings, run_rounds
 from motet.records import Broadcast, ClientData, Memory, Reply, generator
 
 PEOPLE, HIDDEN, ROUNDS_IN_ALL = 7, 6, 6
@@ -76,8 +76,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpointed(folder: Path) -> int:
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        return int(file.metadata()["round"])
+    newest = read_newest(folder, {}).newest
+    assert newest is not None
+    return int(newest.about["round"])
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +214,10 @@ def test_rounds_can_be_added(tmp_path: Path, whole: Any) -> None:
 
 
 def refused(folder: Path, **options: Any) -> str:
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(RunError) as error:
         go(folder, resume=True, **options)
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return str(error.value)
 
 
@@ -234,19 +235,46 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(tmp_path: Path) -
     )
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "folder"])
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
-    go(tmp_path, rounds=2)
-    path, content = tmp_path / CHECKPOINT, (tmp_path / CHECKPOINT).read_bytes()
+def damage_newest(folder: Path, damage: str, name: str = STATE) -> None:
+    path = sorted((folder / GENERATIONS).iterdir())[-1] / name
+    content = path.read_bytes()
+    path.unlink()
     if damage == "folder":
-        path.unlink()
         path.mkdir()
-    else:
+    elif damage != "gone":
         path.write_bytes({"cut": content[:-100], "empty": b"", "garbage": b"\xff" * 500}[damage])
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "folder", "gone"])
+@pytest.mark.parametrize("name", [STATE, MANIFEST])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, name: str) -> None:
+    go(tmp_path, rounds=2)
+    damage_newest(tmp_path, damage, name)
     with pytest.raises(RunError) as error:
         go(tmp_path, resume=True)
-    assert str(error.value).startswith(f"the checkpoint in {str(tmp_path)!r} cannot be read (")
-    assert str(error.value).endswith("); start anew in another folder")
+    start = f"the checkpoint in {str(tmp_path)!r} cannot be read (generation-000001 is damaged ({name}"
+    assert str(error.value).startswith(start)
+    assert str(error.value).endswith(")); start anew in another folder")
+
+
+def test_the_checkpoint_before_a_damaged_one_is_gone_on_from_and_that_is_said(
+    tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    go(tmp_path)
+    damage_newest(tmp_path, "cut")
+    assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
+    assert [record.getMessage() for record in caplog.records] == [
+        f"in {str(tmp_path)!r} generation-000003 is damaged ({STATE} is not what was written); going on from round 4"
+    ]
+
+
+def test_a_run_that_begins_anew_leaves_no_old_end_behind(tmp_path: Path, whole: Any) -> None:
+    go(tmp_path)
+    with pytest.raises(Interrupted):
+        go(tmp_path, engine=Stopping(2, after=True))
+    assert checkpointed(tmp_path) == 1
+    assert [path.name for path in (tmp_path / GENERATIONS).iterdir()] == ["generation-000001"]
+    assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
 class Counting:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from motet.alignment.asked import Prompt, RewardAnswer, query_of
+from motet.alignment.asked import Prompt, RewardAnswer, RewardQuery, query_of
 from motet.alignment.fusion import Calibration, fuse, heard, normalise
 from motet.alignment.router import Router, RouterSettings
 from motet.errors import ConfigError, MotetError, RunError
@@ -28,6 +28,8 @@ from motet.selector.reward import RewardModel
 
 See = Callable[[Sequence[Prompt], Sequence[Image | None] | None], Tensor]
 """The frozen base's embeddings of prompts with their pictures, one row a prompt."""
+Together = Callable[[Mapping[str, RewardQuery]], Mapping[str, Tensor | MotetError]]
+"""Asks many clients at once, by name; of each one number an answer, or why it gives none. Tastes do not travel."""
 
 
 class Fused(NamedTuple):
@@ -63,6 +65,8 @@ class MixtureReward:
     """Clients that read texts only, and judge a prompt about a picture by its text; they are sent no pictures."""
     remember: int = 100_000
     """Most scores that are kept of each client, so as not to ask again; 0 asks every time."""
+    together: Together | None = None
+    """Where clients are far away: asks all that are wanted in one go. Left out, they are asked one after another."""
     name: str = "mixture"
     scores: dict[str, dict[Hashable, float]] = field(default_factory=dict, repr=False)
     """What each client said before."""
@@ -189,12 +193,18 @@ class _Call:
             ]
             if not any(groups for _, groups in wanted):
                 return weights
+            asked_of = {
+                client: torch.isin(self.groups, torch.tensor(groups)).nonzero().squeeze(1).tolist()
+                for client, groups in wanted
+                if groups
+            }
+            told = self._told({names[client]: asked for client, asked in asked_of.items()})
             for client, groups in wanted:
                 if not groups:
                     continue
-                asked = torch.isin(self.groups, torch.tensor(groups)).nonzero().squeeze(1).tolist()
+                asked = asked_of[client]
                 try:
-                    raw[client, asked] = self._said(names[client], asked)
+                    raw[client, asked] = self._said(names[client], asked, told)
                     answered |= {(client, number) for number in groups}
                 except MotetError as error:
                     raw[client, asked], present[client], self.failed[names[client]] = torch.nan, False, 1.0
@@ -203,25 +213,17 @@ class _Call:
                             f"none of the {len(names)} clients answers; the last, {names[client]!r}, says: {error}"
                         ) from error
 
-    def _said(self, name: str, places: list[int]) -> Tensor:
+    def _said(self, name: str, places: list[int], told: Mapping[str, Tensor | MotetError]) -> Tensor:
         """A client's scores of these answers, from memory where they are there."""
         mixture = self.mixture
         client = mixture.clients[name]
         memory = mixture.scores.setdefault(name, {})
-        # an answer's share of votes depends on its rivals in the call, so a vote is never remembered
-        kept = mixture.remember > 0 and client.name != "vote"
-        # to a client that reads texts only, the same words about another picture are the same question
-        about = [(self.keys[p][0], None if name in mixture.blind else self.keys[p][1]) for p in places]
-        own = [
-            (asked, self.answers[p], self.tastes[p] if client.knows_tastes else b"")
-            for asked, p in zip(about, places, strict=True)
-        ]
-        new: dict[Hashable, int] = {key: p for key, p in zip(own, places, strict=True) if not (kept and key in memory)}
+        kept, own, new = self._unknown(name, places)
         asked = list(new.values()) if kept else places
         said: dict[Hashable, float] = {}
         found: Tensor | None = None
         if asked:
-            found = self._called(client, asked, name in mixture.blind)
+            found = self._called(client, asked, name in mixture.blind, told.get(name))
             said = dict(zip(new, found.tolist(), strict=True)) if kept else {}
         self.figures["asked"] += len(asked)
         self.figures["remembered"] += len(places) - len(asked)
@@ -233,12 +235,45 @@ class _Call:
             del memory[key]  # the oldest
         return rewards
 
-    def _called(self, client: RewardModel, places: list[int], blind: bool) -> Tensor:
-        """Ask a client; count what would travel."""
-        prompts, answers = [self.prompts[p] for p in places], [self.answers[p] for p in places]
+    def _unknown(self, name: str, places: list[int]) -> tuple[bool, list[Hashable], dict[Hashable, int]]:
+        """Whether a client's scores are remembered, the key of each answer, and those that are not known yet."""
+        mixture = self.mixture
+        client, memory = mixture.clients[name], mixture.scores.setdefault(name, {})
+        # an answer's share of votes depends on its rivals in the call, so a vote is never remembered
+        kept = mixture.remember > 0 and client.name != "vote"
+        # to a client that reads texts only, the same words about another picture are the same question
+        about = [(self.keys[p][0], None if name in mixture.blind else self.keys[p][1]) for p in places]
+        own: list[Hashable] = [
+            (asked, self.answers[p], self.tastes[p] if client.knows_tastes else b"")
+            for asked, p in zip(about, places, strict=True)
+        ]
+        return kept, own, {key: p for key, p in zip(own, places, strict=True) if not (kept and key in memory)}
+
+    def _told(self, wanted: Mapping[str, list[int]]) -> Mapping[str, Tensor | MotetError]:
+        """What clients that are far away say of what is not remembered, all asked at once."""
+        if self.mixture.together is None:
+            return {}
+        queries = {}
+        for name, places in wanted.items():
+            kept, _, new = self._unknown(name, places)
+            asked = list(new.values()) if kept else places
+            if asked:
+                queries[name] = query_of(*self._question(asked, name in self.mixture.blind))
+        return self.mixture.together(queries) if queries else {}
+
+    def _question(self, places: list[int], blind: bool) -> tuple[list[Prompt], list[str], list[Image | None] | None]:
         images = None if blind or self.images[places[0]] is None else [self.images[p] for p in places]
-        taste = self.taste[places] if self.taste is not None and self.taste.ndim == 2 else self.taste
-        found = client.score(prompts, answers, images=images, taste=taste).detach().cpu()
+        return [self.prompts[p] for p in places], [self.answers[p] for p in places], images
+
+    def _called(self, client: RewardModel, places: list[int], blind: bool, told: Tensor | MotetError | None) -> Tensor:
+        """Ask a client, or take what it has told already; count what would travel."""
+        prompts, answers, images = self._question(places, blind)
+        if isinstance(told, MotetError):
+            raise told
+        if told is None:
+            taste = self.taste[places] if self.taste is not None and self.taste.ndim == 2 else self.taste
+            told = client.score(prompts, answers, images=images, taste=taste)
+        found = told.detach().cpu()
         if found.shape != (len(places),):
             raise RunError(
                 f"the client {client.name!r} must give one number an answer: {len(places)} answers, got shape "

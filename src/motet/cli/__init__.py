@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from motet.cli import machine, policies, runs
+from motet.cli import machine, policies, runs, sites
 from motet.cli.console import print_error, print_warning
 from motet.errors import MotetError
 
@@ -97,6 +97,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "export": policies.export,
     "judge": policies.judge,
     "play": policies.play,
+    "site": sites.site,
+    "coordinate": sites.coordinate,
     "bench": machine.bench,
     "papers": machine.papers,
 }

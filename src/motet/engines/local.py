@@ -1,17 +1,20 @@
-"""The local engine: all clients in this process, trained in batches.
+"""The local engine: all clients in this process, trained in batches; or sites in this process, through real frames.
 
-In:  an algorithm and the clients' data.
-Out: replies. No server, no processes, no serialisation in the way: thousands of small clients train at the speed of
-     a few large matrix products.
+In:  an algorithm and the clients' data; or the hosts of some sites.
+Out: replies; or frames. ``LocalEngine`` has no server, no processes, no serialisation in the way: thousands of small
+     clients train at the speed of a few large matrix products. ``LocalSites`` carries the very bytes that would travel.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from motet.federated.contract import Algorithm
+from motet.federated.host import SiteHost
+from motet.messages import Failure
 from motet.records import Broadcast, ClientData, Memory, Reply
 
 
@@ -53,3 +56,32 @@ class LocalEngine:
             fresh |= dict(zip(batch, memories, strict=True))
         self.memories = fresh  # replaced, not changed: whoever holds the old one can go back to it
         return replies, {}
+
+
+class LocalSites:
+    """A carrier to hosts in this process, each in a thread of its own that can be left behind."""
+
+    def __init__(self, hosts: Mapping[str, SiteHost]) -> None:
+        self.hosts = hosts
+
+    def sites(self) -> Sequence[str]:
+        """Names of the hosts, ascending."""
+        return sorted(self.hosts)
+
+    def carry(
+        self, kind: str, step: int, frames: Mapping[str, bytes], deadline: float
+    ) -> tuple[dict[str, bytes], dict[str, Failure]]:
+        """Hand each frame to its host. A host that is still at work after the deadline goes on, unheard."""
+        failed = {site: Failure("lost", "there is no such site") for site in sorted(set(frames) - set(self.hosts))}
+        workers = ThreadPoolExecutor(max_workers=max(1, len(frames)))
+        handed = {
+            site: workers.submit(self.hosts[site].handle, kind, step, frames[site])
+            for site in sorted(set(frames) & set(self.hosts))
+        }
+        wait(handed.values(), timeout=deadline)
+        workers.shutdown(wait=False, cancel_futures=True)
+        back = {site: future.result() for site, future in handed.items() if future.done() and not future.cancelled()}
+        failed |= {
+            site: Failure("timeout", f"no answer within {deadline:.3g} s") for site in handed if site not in back
+        }
+        return back, failed

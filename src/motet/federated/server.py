@@ -1,14 +1,15 @@
 """The server's rounds: sample a cohort, ask it, aggregate, keep a checkpoint, log.
 
 In:  an algorithm, an engine that reaches the clients, a folder.
-Out: the state after the last round; ``rounds.jsonl`` and ``checkpoint.safetensors`` in the folder.
+Out: the state after the last round; ``rounds.jsonl`` and the folder ``checkpoints`` in the folder.
 
-A checkpoint is one file, written whole or not at all. A run that was killed goes on from the last one to the same bits
-as if it had never stopped: everything random is named by (seed, client, round), and the log is cut back to the
-checkpoint's round. A Ctrl-C writes a checkpoint of the last finished round first.
+A checkpoint is a generation (see ``generations``), written whole or not at all. A run that was killed goes on from the
+last one that is whole to the same bits as if it had never stopped: everything random is named by (seed, client, round),
+and the log is cut back to the checkpoint's round. A Ctrl-C writes a checkpoint of the last finished round first.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +19,18 @@ from typing import Generic, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from motet.config import Section, write_atomically
 from motet.errors import ConfigError, RunError
 from motet.federated.contract import Algorithm, State
+from motet.federated.generations import drop_generations, has_generation, read_newest, write_generation
 from motet.records import Broadcast, Memory, Reply, RoundLog, generator
 
-CHECKPOINT = "checkpoint.safetensors"
+LOG = logging.getLogger("motet.checkpoints")
+STATE = "state.safetensors"
+"""The one file of a checkpoint, beside its manifest."""
 ROUNDS = "rounds.jsonl"
 
 
@@ -117,6 +120,7 @@ def run_rounds(
         check_checkpoint(folder, algorithm.name, identity, settings.rounds)
         done, state = _resume(algorithm, engine, folder, identity)
     else:
+        drop_generations(folder)
         write_atomically(folder / ROUNDS, b"")
     memories = engine.memories
     round = done
@@ -161,7 +165,7 @@ def run_rounds(
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run was begun here that could be resumed."""
-    return (folder / CHECKPOINT).exists()
+    return has_generation(folder)
 
 
 def check_checkpoint(folder: Path, algorithm: str, identity: str, rounds: int) -> None:
@@ -170,7 +174,7 @@ def check_checkpoint(folder: Path, algorithm: str, identity: str, rounds: int) -
     Raises:
         RunError: There is no checkpoint, it cannot be read, it is of another run, or it has more rounds already.
     """
-    done, _ = _read(folder, algorithm, identity)
+    done, _, _ = _read(folder, algorithm, identity)
     if done > rounds:
         raise RunError(
             f"rounds must be {done} or more to go on with {str(folder)!r}, which has {done} behind it, got {rounds}; "
@@ -205,33 +209,31 @@ def _save(
         tensors |= {f"memory/{client}/{name}": tensor.contiguous() for name, tensor in memory.items()}
     # safetensors refuses two names for one storage; a copy of every tensor is the plain way out
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    metadata = {"identity": identity, "round": str(round), "algorithm": algorithm.name}
-    write_atomically(folder / CHECKPOINT, save(tensors, metadata=metadata))
+    about = {"identity": identity, "round": round, "algorithm": algorithm.name}
+    write_generation(folder, {STATE: save(tensors)}, about)
 
 
-def _read(folder: Path, algorithm: str, identity: str) -> tuple[int, dict[str, Tensor]]:
-    """Round and tensors of a checkpoint, if it is of this run."""
-    path = folder / CHECKPOINT
-    if not path.exists():
+def _read(folder: Path, algorithm: str, identity: str) -> tuple[int, dict[str, Tensor], tuple[str, ...]]:
+    """Round and tensors of the newest checkpoint that is whole and of this run, and what is wrong with newer ones."""
+    if not has_generation(folder):
         raise RunError(f"there is no checkpoint in {str(folder)!r} to resume from; run without --resume")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"the checkpoint in {str(folder)!r} cannot be read ({error}); start anew in another folder"
-        ) from None
-    if metadata.get("identity") != identity or metadata.get("algorithm") != algorithm:
+    found = read_newest(folder, {"identity": identity, "algorithm": algorithm})
+    if found.newest is not None:
+        return int(found.newest.about["round"]), dict(load(found.newest.files[STATE])), found.passed
+    if found.foreign:
         raise RunError(
             f"the checkpoint in {str(folder)!r} belongs to a run with other settings, data or model; "
             "resume with the settings of its config.toml, or choose another --out"
         )
-    return int(metadata["round"]), tensors
+    raise RunError(
+        f"the checkpoint in {str(folder)!r} cannot be read ({'; '.join(found.passed)}); start anew in another folder"
+    )
 
 
 def _resume(algorithm: Algorithm[State], engine: Engine, folder: Path, identity: str) -> tuple[int, State]:
-    done, tensors = _read(folder, algorithm.name, identity)
+    done, tensors, passed = _read(folder, algorithm.name, identity)
+    for sentence in passed:
+        LOG.warning("in %r %s; going on from round %d", str(folder), sentence, done)
     memories: dict[int, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -193,8 +193,8 @@ PLAIN, ROBUST = "plain", "robust"
 
 
 def robust(settings: RouterSettings) -> RouterSettings:
-    """The documented robust setting: a weighted mean, in which nobody is heard about a prompt who is right on fewer than
-    half of the public pairs near it. Trimming keeps less where only two clients know a domain (``LOG.md``)."""
+    """The documented robust setting: a weighted mean of those who are right on half of the public pairs near a prompt, or
+    more. Trimming keeps less where only two clients know a domain (``LOG.md``)."""
     return settings.model_copy(update={"least_accuracy": 0.5, "fusion": "mean", "weight_cap": None, "top_k": None})
 
 

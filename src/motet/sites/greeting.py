@@ -1,0 +1,38 @@
+"""Greeting: who is there, before anything is agreed on.
+
+In:  a federation.
+Out: the sites that answered, what they said, and a sentence on each for whoever looks on.
+"""
+
+import time
+
+from motet.federated.sites import Federation
+from motet.messages import Packet
+from motet.sites.hosted import version
+from motet.sites.rules import HELLO_STEP, hello_rule
+from motet.sites.settings import Coordination
+from motet.sites.standing import Standing
+
+
+def greet(federation: Federation, coordination: Coordination, standing: Standing) -> dict[str, Packet]:
+    """Say hello to every site of ``coordinate.toml``; what those said that answered.
+
+    Raises:
+        QuorumError: Fewer than the quorum did.
+    """
+    settings = coordination.federation
+    standing.now("greeting sites")
+    # the time makes it another question whenever the server starts: a site's numbers may have changed since
+    hello = Packet({"version": version(), "method": coordination.method, "asked": int(time.time() * 1000)})
+    needed = settings.needed(len(settings.sites))
+    packets = dict.fromkeys(settings.sites, hello)
+    greeted = federation.ask("hello", HELLO_STEP, packets, settings.setup_seconds, needed, hello_rule())
+    for site, answer in greeted.ok.items():
+        pairs, held_out = answer.meta["pairs"], answer.meta["held_out"]
+        standing.said(f"{site} is here: {pairs} pairs to train on, {held_out} to judge by")
+    return dict(greeted.ok)
+
+
+def numbers_in(answer: Packet) -> dict[str, int]:
+    """The whole numbers that an answer says."""
+    return {name: value for name, value in answer.meta.items() if type(value) is int}
