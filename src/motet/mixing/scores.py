@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from motet.alignment.fusion import Calibration, calibrate, fuse, heard
-from motet.alignment.router import Router, RouterSettings, fit_router
+from motet.alignment.router import LearnedRouter, Router, RouterSettings, fit_router
 from motet.evaluation.intervals import by_prompt
 from motet.records import Pair
 from motet.trust.hostile import ATTACKS, FLIPPED, attack, draw_hostile
@@ -193,8 +193,8 @@ PLAIN, ROBUST = "plain", "robust"
 
 
 def robust(settings: RouterSettings) -> RouterSettings:
-    """The documented robust setting: a weighted mean of those who are right on half of the public pairs near a prompt, or
-    more. Trimming keeps less where only two clients know a domain (``LOG.md``)."""
+    """The documented robust setting: a weighted mean of those who are right on half of the public pairs near a prompt
+    or more. Trimming keeps less where only two clients know a domain (``LOG.md``)."""
     return settings.model_copy(update={"least_accuracy": 0.5, "fusion": "mean", "weight_cap": None, "top_k": None})
 
 
@@ -227,8 +227,10 @@ def robustness(
 
     A hostile client is hostile when the router is fitted, too: what it says of public pairs is attacked alike.
     """
-    clean = accuracy(fit_mixture(public, settings, domains, names, seed).won(test), test)
-    rows = []
+    peaceful = fit_mixture(public, settings, domains, names, seed)
+    clean, rows = accuracy(peaceful.won(test), test), []
+    if isinstance(peaceful.router, LearnedRouter):  # the hundreds of fits below need not look for it again
+        settings = settings.model_copy(update={"router_areas": (peaceful.router.gate.centres.shape[1],)})
     for name in (FLIPPED, *ATTACKS):
         for hostile in (1, 2, 3):
             if hostile >= len(names):

@@ -13,7 +13,7 @@ from motet.report.folder import Row, number
 from motet.report.fused import glance, second, verdict, what_was_run
 from motet.report.matrix import signed
 from motet.report.mixture_folder import MixtureRun, ends, share
-from motet.report.page import all_settings, in_a_row, side_by_side
+from motet.report.page import OVER_SITES, all_settings, in_a_row, side_by_side
 from motet.report.router_table import in_percent, mixture_table, router_cells, with_ends
 from motet.report.routing import before_and_after, client_rewards, load_map, looks, routers, training
 from motet.report.sheet import document, html_table, opening, section
@@ -275,6 +275,8 @@ def _ledger(run: MixtureRun) -> str:
 
 
 def _repeat(run: MixtureRun) -> str:
+    if run.summary.get("engine"):
+        return f"<p>{escape(CITATION)}</p><p>{escape(SPECIFIED)}</p>{OVER_SITES}"
     seed = run.summary.get("seed", run.settings.get("seed"))
     seeded = "" if seed is None else f" with seed {seed}"
     data = (run.settings.get("domains") or {}).get("data")

@@ -206,6 +206,14 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+OVER_SITES = (
+    "<p>With the same sites, and another <code>out</code> in the coordinator's file:</p>"
+    "<pre><code>motet coordinate coordinate.toml</code></pre>"
+    '<p class="note">The same pairs, settings, version and machines give the same figures; times differ.</p>'
+)
+"""How a run over real sites is repeated."""
+
+
 def _repeat(run: Run) -> str:
     recipe, seed = run.summary.get("recipe"), run.summary.get("seed")
     what = f"the recipe {recipe}" if recipe else "the data that it names"
@@ -213,6 +221,8 @@ def _repeat(run: Run) -> str:
     said = run.summary.get("method") or run.settings.get("method")
     method = next((entry for name, entry in ALGORITHMS.items() if said in (name, entry.title)), None)
     citation = method.citation if method else "The method of this folder is not known to this version."
+    if run.summary.get("engine"):  # over sites, whose pairs are nowhere but there
+        return f"<p>{escape(citation)}</p>" + OVER_SITES
     return (
         f"<p>{escape(citation)}</p>"
         f"<p>From this folder, with {escape(what)}{escape(seeded)}:</p>"
