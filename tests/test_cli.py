@@ -91,8 +91,8 @@ def test_no_word_at_all_is_help(motet: Motet) -> None:
     answer = motet()
     assert all(command in answer.out + answer.err for command in COMMANDS)
     assert COMMANDS == [
-        "align", "bench", "choose", "compare", "coordinate", "demo", "export", "judge", "papers", "play", "report", "run",
-        "say", "site", "sweep",
+        "align", "bench", "choose", "compare", "coordinate", "demo", "export", "judge", "papers", "play", "report",
+        "run", "say", "site", "sweep",
     ]  # fmt: skip
 
 
