@@ -6,6 +6,7 @@ The model is a tiny Llama with random weights and a tokenizer of single bytes, m
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -524,3 +525,14 @@ def test_the_packaged_model_knows_good_english(tmp_path: Path) -> None:
     again = open_backbone(s, tmp_path)  # from the unpacked folder this time
     assert again.fingerprint == backbone.fingerprint
     torch.testing.assert_close(said(again, items[:1])[0], embedding[:1], atol=1e-3, rtol=1e-3)
+
+
+def test_threads_that_open_models_leave_torch_as_it_was(tmp_path: Path) -> None:
+    """Sites in one process open theirs side by side, and transformers changes torch's number type meanwhile."""
+    write_model(tmp_path)
+    write_tokenizer(tmp_path)
+    settings = BackboneSettings(model=str(tmp_path), dtype="bfloat16")
+    with ThreadPoolExecutor(8) as workers:
+        opened = list(workers.map(lambda _: open_backbone(settings, tmp_path).fingerprint, range(24)))
+    assert len(set(opened)) == 1
+    assert torch.get_default_dtype() == torch.float32

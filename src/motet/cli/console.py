@@ -93,6 +93,8 @@ class Watcher:
                     f"{name}: {done / max(total, 1):.0%}, {note}"
                     + (f", about {left:.0f} s left" if done < total and left > 0 else "")
                 )
+            if done >= total:  # in a comparison the next run has the same stage, at its own pace
+                del self.tasks[name]
             return
         if name not in self.tasks:
             self.bars.start()

@@ -9,6 +9,7 @@ Python package index; a file for each kind: ``causal``, ``vision``, ``encoder``.
 own in the chat template, so no answer can see its rival.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,6 +108,11 @@ class ToyBackbone:
         return total / max(len(words), 1)
 
 
+OPENING = threading.Lock()
+"""transformers sets torch's default number type while it opens a model, for the whole process: two threads at it
+would leave the wrong one behind for good."""
+
+
 def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
     """The frozen model that the settings name.
 
@@ -120,11 +126,12 @@ def open_backbone(settings: BackboneSettings, cache: Path) -> Backbone:
     if settings.model == "toy":
         return ToyBackbone()
     quiet_libraries()
-    if settings.model in ENCODERS:
-        return _open_folder(settings, str(packaged_encoder(settings.model)))
-    if settings.model == PICTURES:
-        return PictureBackbone(settings, pretrained_tower(PICTURE_PIXELS), image_processor(PICTURE_PIXELS))
-    return _open_folder(settings, model_folder(settings, cache))
+    with OPENING:
+        if settings.model in ENCODERS:
+            return _open_folder(settings, str(packaged_encoder(settings.model)))
+        if settings.model == PICTURES:
+            return PictureBackbone(settings, pretrained_tower(PICTURE_PIXELS), image_processor(PICTURE_PIXELS))
+        return _open_folder(settings, model_folder(settings, cache))
 
 
 def model_folder(settings: BackboneSettings, cache: Path) -> str:
