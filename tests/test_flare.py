@@ -464,8 +464,8 @@ def test_a_deployment_gives_the_digest_of_this_process(deployment_of_three: Depl
     query, large = (statistics.median(note["seconds"] for note in by_kind[kind]) for kind in ("query", "large"))
     first = by_kind["who"][0]["began"] - began
     print(f"\nmedian query {query:.3f} s, 10 MB each way {large:.2f} s, submit to first query {first:.1f} s")
-    assert query < 2  # neighbours may be noisy; the figures of an idle machine stand in docs/sites.md
-    assert first < 120
+    assert query < 3  # neighbours may be noisy; the figures of an idle machine stand in docs/sites.md
+    assert first < 300
     for kind in ("late", "sleep"):
         assert by_kind[kind][0]["failed"] == {"b": ["timeout", "no answer within the deadline"]}
         assert by_kind[kind][0]["seconds"] < 3.5

@@ -21,8 +21,9 @@ from motet.engines.flare.processes import OPEN_HOST, SERVE, SERVER_ENTRY, SITE_E
 from motet.errors import ConfigError, RunError
 
 NAME = "motet"
-SYNC_SECONDS = 120
-"""For a site's job process to start and say hello to the job; a busy machine needs half a minute."""
+SYNC_SECONDS = 300
+"""For the processes of a job to find each other: ten seconds, and minutes on a very busy machine. FLARE's 60 s fail
+the job there, and the next one, and so on. A site that cannot start says so at once; nobody waits for that."""
 THREADS = 100
 
 
@@ -45,6 +46,7 @@ def write_job(folder: Path, config: Path, out: Path, note: Path, sites: Sequence
     }
     at_site = {
         "format_version": 2,
+        "max_runner_sync_timeout": SYNC_SECONDS,
         "executors": [
             {
                 "tasks": ["*"],
