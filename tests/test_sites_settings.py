@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import tomllib
 import warnings
@@ -346,3 +347,24 @@ def test_a_text_travels_as_bytes() -> None:
         as_text(torch.zeros(2, 2, dtype=torch.uint8))
     with pytest.raises(MessageError, match="as UTF-8"):
         as_text(torch.tensor([255, 254], dtype=torch.uint8))
+
+
+TOLD = """
+import time
+from motet.cli.sites import _end_when_told
+_end_when_told()
+try:
+    print("up", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what was started is ended")
+"""
+
+
+def test_a_service_manager_ends_a_site_like_ctrl_c() -> None:
+    with subprocess.Popen([sys.executable, "-c", TOLD], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "what was started is ended\n"
+        assert process.returncode == 0

@@ -5,6 +5,8 @@ Out: sentences on the terminal; a process that answers; a run folder.
 """
 
 import json
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +137,7 @@ def _start(path: Path, kit: Path | None) -> None:
     if not kit.is_dir():
         raise ConfigError(f"--kit must be the folder that the coordinator gave to this site, {str(kit)!r} is none")
     holding = read_holding(own)  # a mistake in the data is said here, not in a log
+    _end_when_told()
     console = console_of()
     if (kit / "kit.toml").is_file():  # one of Flower's
         need("flower")
@@ -164,6 +167,16 @@ def _start(path: Path, kit: Path | None) -> None:
     raise RunError(f"the site's process ended by itself (exit status {code}); {str(kit / CONSOLE)!r} says why")
 
 
+def _end_when_told() -> None:
+    """Take SIGTERM, which is how a service manager ends a program, for Ctrl-C: what was started is then ended, too."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # no other may say what becomes of a signal
+        signal.signal(signal.SIGTERM, interrupt)
+
+
 def _start_over_flower(path: Path, kit: Path, name: str, console: Console) -> None:
     from motet.config import read_toml
     from motet.engines.flower.kits import attend
@@ -183,6 +196,7 @@ def _run(asked: Any, patience: float, as_json: bool) -> None:
     from motet.sites.coordinating import coordinate as run
 
     console = console_of(stderr=as_json)
+    _end_when_told()
     try:
         summary = run(asked, lambda line: console.print(plain(line), highlight=False, soft_wrap=True), patience)
     except KeyboardInterrupt:
