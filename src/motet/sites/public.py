@@ -12,7 +12,7 @@ import torch
 
 from motet.data.pairs import local_path, read_pairs
 from motet.data.recipes import DataSettings, load_recipe
-from motet.errors import ConfigError, DataError
+from motet.errors import DataError
 from motet.experiment import Settings
 from motet.records import Pair
 from motet.selector.backbone import open_backbone
@@ -41,7 +41,6 @@ def read_public(asked: Coordination, quarantine: Path) -> tuple[tuple[Pair, ...]
     """The public pairs, and a sentence on them.
 
     Raises:
-        ConfigError: The recipe has no public part of its own.
         DataError: The pairs cannot be read.
     """
     public = asked.public
@@ -51,11 +50,6 @@ def read_public(asked: Coordination, quarantine: Path) -> tuple[tuple[Pair, ...]
             raise DataError(f"data in [public] of {asked.path.name} names {str(path)!r}, where nothing is")
         found = read_pairs(local_path(path) or path, quarantine=quarantine)
         return found.pairs, found.said()
-    if asked.method == "mor":
-        raise ConfigError(
-            f"recipe in [public] of {asked.path.name} gives texts without choices, and the router of a mixture learns "
-            "from choices; give data, a file of public pairs"
-        )
     pairs = load_recipe(DataSettings(recipe=str(public.recipe)), RECIPE_SEED).public
     return pairs, f"{len(pairs):,} public pairs of the recipe {public.recipe}"
 

@@ -261,6 +261,11 @@ def read_coordination(path: Path, engine: str | None = None) -> Coordination:
         file["federation"] = {**file["federation"], "engine": engine}
     federation = _table(FederationSettings, file, "federation", path)
     public = _table(PublicSettings, file, "public", path)
+    if method == "mor" and public.recipe is not None:  # said before a kit is made, or a site is waited for
+        raise ConfigError(
+            f"recipe in [public] of {path.name} gives texts without choices, and the router of a mixture learns from "
+            "choices; give data, a file of public pairs"
+        )
     asked = _mixture(file, path, seed, len(federation.sites)) if method == "mor" else _selectors(
         file, path, seed, method, len(federation.sites)
     )  # fmt: skip
