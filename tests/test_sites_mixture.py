@@ -73,6 +73,7 @@ def test_a_mixture_over_sites_leaves_an_ordinary_folder(llama: Path, tmp_path: P
     summary, evaluation = read(tmp_path / "out", "summary.json"), read(tmp_path / "out", "evaluation.json")
     assert summary["sites"] == list(NAMES)
     assert set(summary["own_accuracy"]) == set(NAMES)
+    assert "None" not in {*evaluation["domains"], *summary["accuracy"]}, "pairs without an axis are public ones"
     assert {row["name"] for row in evaluation["routers"]} == {"learned", "competence", "prototypes", "uniform", "best"}
     assert len((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "out" / "policy" / "adapter_model.safetensors").exists()

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def serve_mixture(
     assert isinstance(asked, MixingSettings)
     pairs, sentence = read_public(coordination, out / "quarantine.jsonl")
     standing.said(sentence)
+    pairs = tuple(replace(pair, axis=pair.axis or "public") for pair in pairs)  # tables have a column an axis
     fitted, judged = _halves(coordination, pairs)
     fits = _fit(coordination, federation, standing)
     for stale in ("summary.json", "evaluation.json", "report.html"):
@@ -330,7 +331,7 @@ def question_of(pair: Pair) -> Question | None:
 
 
 def _deal(fits: Mapping[str, Packet], fitted: Sequence[Pair], judged: Sequence[Pair]) -> dict[str, Any]:
-    domains = list(dict.fromkeys(str(pair.axis or "public") for pair in judged))
+    domains = list(dict.fromkeys(str(pair.axis) for pair in judged))
     return {
         "domains": domains, "styles": {},
         "clients": [
