@@ -45,13 +45,12 @@ from motet.mixing.server import (
     CHECKPOINT,
     JUDGING,
     POLICY,
-    ROUNDS,
     STEPS,
     answer,
     keep_rounds,
+    traffic,
     train_server,
     training_identity,
-    whole_rounds,
     write_adapter,
 )
 from motet.mixing.settings import MixingSettings
@@ -131,7 +130,7 @@ def prepare_mixture(asked: MixingSettings, out: Path, cache: Path, watcher: Watc
     built = time.perf_counter()
     clients = _clients(asked, deal, workshop, cache, watcher)
     trained = time.perf_counter()
-    see = _router_sight(asked, base, cache)
+    see = router_sight(asked, base, cache)
     public, test = (
         _judged(pairs, kinds, clients, see, watcher, what)
         for pairs, kinds, what in ((deal.public, (), "public"), (deal.test, deal.test_kinds, "held-out"))
@@ -189,7 +188,8 @@ def _clients(
     return tuple(found)
 
 
-def _router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
+def router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
+    """How the router looks at prompts: by the frozen base, each of them once."""
     backbone = open_backbone(base_reading(asked, base), cache)
     known: dict[tuple[Prompt, str | None], Tensor] = {}
 
@@ -294,7 +294,7 @@ def run_mixing(
         _keep_router(chosen, out)
         if asked.server.policy_steps:
             evaluation["policy"] = _policy(ready, mixture, out, watcher)
-        evaluation["bytes"] = _bytes(ready, out)
+        evaluation["bytes"] = traffic(out, {client.name: client.parameters for client in ready.clients})
         write_atomically(out / "evaluation.json", _json(evaluation))
         summary = summarise(ready, evaluation, time.perf_counter() - began)
         write_atomically(out / "summary.json", _json(summary))
@@ -440,24 +440,6 @@ def _keep_router(mixed: Mixed, out: Path) -> None:
     assert isinstance(mixed.router, LearnedRouter | CompetenceRouter | TableRouter)
     save_router(mixed.router, out)
     write_atomically(out / "calibration.safetensors", save(mixed.calibration.tensors()))
-
-
-def _bytes(ready: Ready, out: Path) -> dict[str, Any]:
-    """What a step of GRPO sends and hears, and what averaging the adapter's parameters would take instead."""
-    lines = whole_rounds(out / ROUNDS)
-    adapter = out / POLICY / "adapter_model.safetensors"
-    size = adapter.stat().st_size if adapter.exists() else None
-
-    def mean(name: str) -> float | None:
-        known = [line[name] for line in lines if line.get(name) is not None]
-        return sum(known) / len(known) if known else None
-
-    return {
-        "query_per_step": mean("bytes_down"),
-        "answer_per_step": mean("bytes_up"),
-        "averaging_per_round": None if size is None else 2 * size * len(ready.clients),
-        "parameters_per_client": {client.name: 4 * client.parameters for client in ready.clients},
-    }
 
 
 def _deal_table(asked: MixingSettings, ready: Ready) -> dict[str, Any]:

@@ -165,6 +165,29 @@ def whole_rounds(path: Path) -> list[dict[str, Any]]:
     return [rows[number] for number in sorted(rows)]
 
 
+def traffic(out: Path, parameters: Mapping[str, int]) -> dict[str, Any]:
+    """What a step of GRPO sends and hears, and what averaging the adapter's parameters would take instead.
+
+    Args:
+        out: The run folder.
+        parameters: Numbers that each client trained, by name.
+    """
+    lines = whole_rounds(out / ROUNDS)
+    adapter = out / POLICY / "adapter_model.safetensors"
+    size = adapter.stat().st_size if adapter.exists() else None
+
+    def mean(name: str) -> float | None:
+        known = [line[name] for line in lines if line.get(name) is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        "query_per_step": mean("bytes_down"),
+        "answer_per_step": mean("bytes_up"),
+        "averaging_per_round": None if size is None else 2 * size * len(parameters),
+        "parameters_per_client": {name: 4 * count for name, count in parameters.items()},
+    }
+
+
 def keep_rounds(out: Path) -> None:
     """Of ``rounds.jsonl`` what the checkpoint stands on; later steps are gone through, and logged, again."""
     step = -1

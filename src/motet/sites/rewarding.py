@@ -38,22 +38,21 @@ from motet.federated.sites import Federation
 from motet.messages import Packet
 from motet.mixing.card import mixture_card
 from motet.mixing.evaluate import control_rows
-from motet.mixing.run import base_reading
-from motet.mixing.scores import METHODS, ROUTED, Judged, Mixed, fit_mixture, row
+from motet.mixing.run import router_sight
+from motet.mixing.scores import METHODS, ROUTED, Judged, Mixed, fit_mixture, preferred, row
 from motet.mixing.server import (
     POLICY,
-    ROUNDS,
     STEPS,
     keep_rounds,
+    traffic,
     train_server,
     training_identity,
-    whole_rounds,
     write_adapter,
 )
 from motet.mixing.settings import MixingSettings
 from motet.records import Image, Pair, Turn, tensors_from
-from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder, open_backbone
-from motet.selector.features import embed_prompts, text_key
+from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder
+from motet.selector.features import text_key
 from motet.sites.counting import interval
 from motet.sites.greeting import greet, numbers_in
 from motet.sites.hosted import version
@@ -154,7 +153,7 @@ def serve_mixture(
     write_toml(out / "config.toml", asked.tables())
     write_atomically(out / "deal.json", _json(_deal(fits, fitted, judged)))
     base = model_folder(BackboneSettings(model=asked.server.base), cache)
-    see = _sight(asked, base, cache)
+    see = router_sight(asked, base, cache)
     asking = Asking(federation, coordination)
     standing.now("asking sites about public pairs")
     public, test = _scored(asking, sorted(fits), fitted, judged, see, out)
@@ -177,7 +176,7 @@ def serve_mixture(
     }  # fmt: skip
     if asked.server.policy_steps:
         evaluation["policy"] = _policy(asked, mixture, base, fitted, out, standing)
-    evaluation["bytes"] = _bytes(out, names, fits)
+    evaluation["bytes"] = traffic(out, {site: numbers_in(fits[site])["parameters"] for site in names})
     write_atomically(out / "evaluation.json", _json(evaluation))
     summary = _summary(coordination, asked, evaluation, fits, asking, standing, time.perf_counter() - began)
     write_atomically(out / "summary.json", _json(summary))
@@ -223,15 +222,6 @@ def _own_accuracy(fit: Packet) -> dict[str, float]:
     return interval(min(float(fit.meta["right"]), held_out), held_out, min(prompts, held_out))  # type: ignore[arg-type]
 
 
-def _sight(asked: MixingSettings, base: str, cache: Path) -> See:
-    backbone = open_backbone(base_reading(asked, base), cache)
-
-    def see(prompts: Sequence[tuple[Turn, ...]], images: Sequence[Image | None] | None) -> Tensor:
-        return embed_prompts(backbone, prompts, images, cache).float()
-
-    return see
-
-
 def _scored(
     asking: Asking, sites: Sequence[str], fitted: Sequence[Pair], judged: Sequence[Pair], see: See, out: Path
 ) -> tuple[Judged, Judged]:
@@ -262,7 +252,7 @@ def _scored(
             "answer; start it, then start again, or choose another run folder"
         )
     rewards = torch.stack([kept[site] for site in sorted(kept)])
-    embedding = see([pair.prompt for pair in pairs], None)
+    embedding = see([pair.prompt for pair in pairs], None).float()
     cut = len(fitted)
     return (
         Judged(tuple(fitted), (), embedding[:cut], rewards[:, :, :cut]),
@@ -349,8 +339,7 @@ def _client_rows(fits: Mapping[str, Packet], names: Sequence[str], test: Judged)
     rows = []
     for place, site in enumerate(names):
         own, fit = _own_accuracy(fits[site]), fits[site].meta
-        margins = test.rewards[place, 0] - test.rewards[place, 1]
-        elsewhere = float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+        elsewhere = statistics.fmean(preferred(test.rewards[place, 0] - test.rewards[place, 1]))
         rows.append(
             {
                 "name": site, "kind": fit["kind_of_reward"], "domain": site, "model": "", "sees": fit["sees"],
@@ -378,21 +367,6 @@ def _warnings(coordination: Coordination, fits: Mapping[str, Packet]) -> list[st
     ]
     absent = [site for site in settings.sites if site not in fits]
     return said + [f"Took no part: {', '.join(absent)}."] * bool(absent)
-
-
-def _bytes(out: Path, names: Sequence[str], fits: Mapping[str, Packet]) -> dict[str, Any]:
-    lines, adapter = whole_rounds(out / ROUNDS), out / POLICY / "adapter_model.safetensors"
-
-    def mean(name: str) -> float | None:
-        known = [line[name] for line in lines if line.get(name) is not None]
-        return sum(known) / len(known) if known else None
-
-    size = adapter.stat().st_size if adapter.exists() else None
-    return {
-        "query_per_step": mean("bytes_down"), "answer_per_step": mean("bytes_up"),
-        "averaging_per_round": None if size is None else 2 * size * len(names),
-        "parameters_per_client": {site: 4 * numbers_in(fits[site])["parameters"] for site in names},
-    }  # fmt: skip
 
 
 def _summary(
