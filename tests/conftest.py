@@ -2,16 +2,21 @@
 
 import gc
 import os
+import sys
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
+
+from toy_cli import Answer, Motet
 
 torch.set_num_threads(1)
 gc.set_threshold(50_000, 50, 50)  # what the libraries bring is no garbage: going through it took a tenth of the time
@@ -30,6 +35,26 @@ def _one_ridge() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("motet.evaluation.table.linear_reward", partial(linear_reward, ridges=(100.0,)))
         yield
+
+
+@pytest.fixture
+def motet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Motet:
+    """Runs a command as its entry point would, in a folder of its own."""
+    from motet.cli import main
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own; this puts it back
+    monkeypatch.setenv("MOTET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: Any) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["motet", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Answer(int(stop.value.code or 0), *capsys.readouterr())
+
+    return call
 
 
 class Planted(NamedTuple):

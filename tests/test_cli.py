@@ -8,47 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from motet.cli import app, main
 from motet.engines.local import LocalEngine
+from toy_cli import Motet
 from toy_run import SMALL, few_voices, read, rounds_of, toy_policy, toy_run
 
 COMMANDS = sorted(
     str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback
 )
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Motet = Callable[..., Answer]
-
-
-@pytest.fixture
-def motet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Motet:
-    """Runs a command as its entry point would, in a folder of its own."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own; this puts it back
-    monkeypatch.setenv("MOTET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["motet", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return Answer(int(stop.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

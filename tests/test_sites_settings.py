@@ -5,15 +5,12 @@ import re
 import subprocess
 import sys
 import tomllib
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from motet.cli import main
 from motet.errors import BackboneError, ConfigError, DataError, MessageError, RunError
 from motet.messages import Failure
 from motet.sites.checked import check_site
@@ -25,34 +22,8 @@ from motet.sites.judging import Counts, read, written
 from motet.sites.settings import SITE_TABLES, read_coordination, read_site
 from motet.sites.standing import STOP, Standing, read_standing
 from motet.sites.texts import as_tensor, as_text
+from toy_cli import Motet
 from toy_sites import NAMES, coordination, example, toy_site, toy_sites
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Motet = Callable[..., Answer]
-
-
-@pytest.fixture
-def motet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Motet:
-    """Runs a command as its entry point would, in a folder of its own."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setenv("MOTET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["motet", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Answer(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
-
 
 # --- site.toml
 
