@@ -53,7 +53,8 @@ def open_host(path: Path) -> Toy:
 
 
 def serve(carrier, config: Path, out: Path) -> None:  # type: ignore[no-untyped-def]
-    """Do what ``config`` lists: each line a kind, how many steps, bytes a frame, a deadline, how many must answer."""
+    """Do what ``config`` lists: each line a kind, how many steps, bytes a frame, a deadline, how many must answer, and
+    how long to wait afterwards."""
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "state.json"
     state = json.loads(state_file.read_text()) if state_file.exists() else {"step": 0, "digest": "", "notes": []}
@@ -67,6 +68,7 @@ def serve(carrier, config: Path, out: Path) -> None:  # type: ignore[no-untyped-
             part = state_file.with_suffix(".part")
             part.write_text(json.dumps(state))
             part.replace(state_file)
+            time.sleep(line.get("pause", 0))
     (out / "done.txt").write_text(state["digest"])
 
 

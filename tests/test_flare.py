@@ -504,7 +504,8 @@ def watched(deployed: Deployment) -> Iterator[set[str]]:
 @pytest.mark.slow
 def test_a_site_that_is_killed_costs_a_job_and_no_more(deployment_of_three: Deployment, tmp_path: Path) -> None:
     """In the middle of a call, and between two: nobody takes the site for one that will not answer."""
-    config = written(tmp_path, *(step(kind, needed=3) for kind in ("query", "die", "die-after", "query", "query")))
+    kinds = (("query", 0), ("die", 0), ("die-after", 2), ("query", 0), ("query", 0))  # dead before the next question
+    config = written(tmp_path, *(step(kind, needed=3, pause=pause) for kind, pause in kinds))
     told: list[str] = []
     deployment_of_three.run(config, tmp_path / "out", told.append)
     plain = written(tmp_path / "plain", step("query", 5))

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -234,6 +236,38 @@ def test_a_minute_has_so_many_questions(tmp_path: Path) -> None:
     assert site.total(11, 1.0) == 4
     site.now -= 3_600  # a clock that jumps back locks nobody out
     assert site.total(12, 1.0) == 5
+
+
+def test_a_minute_is_counted_over_restarts_and_other_limits(tmp_path: Path) -> None:
+    """An engine may start a process for every question."""
+    site = Site(tmp_path / "store", requests_per_minute=3)
+    for step in (8, 9, 10):
+        site.total(step, 1.0)
+        site.restart()
+    assert site.refusal("update", 11, 1.0).startswith("the owner")
+    site.policy = SitePolicy(requests_per_minute=4)
+    site.restart()
+    assert site.total(11, 1.0) == 4
+    assert site.refusal("update", 12, 1.0) == "the owner of this site allows 4 questions a minute"
+    site.policy = SitePolicy(requests_per_minute=2)
+    site.restart()
+    assert site.refusal("update", 12, 1.0).startswith("the owner")
+    site.now += 60
+    (tmp_path / "store" / "requests").write_bytes(b"damaged")  # a minute's counting is lost, nothing else
+    assert site.total(12, 1.0) == 5
+
+
+def test_processes_side_by_side_are_counted_together(tmp_path: Path) -> None:
+    most, tries = 50, 40
+    code = (
+        "import sys; from pathlib import Path; from motet.federated.host import SiteStore\n"
+        f"store = SiteStore(Path(sys.argv[1])); print(sum(store.admit(1e6 + n, {most}) for n in range({tries})))"
+    )
+    ones = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert sum(int(one.communicate(timeout=60)[0]) for one in ones) == most
 
 
 def test_a_site_with_too_few_pairs_says_hello_and_nothing_else(tmp_path: Path) -> None:

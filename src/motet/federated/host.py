@@ -14,16 +14,16 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-import threading
+import struct
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import Field
@@ -51,8 +51,8 @@ class SitePolicy(Section):
 
     kinds: tuple[str, ...] = ("hello", "setup", "update", "judge", "fit", "score")
     """Kinds of questions that are answered."""
-    requests_per_minute: int = Field(6_000, ge=1)
-    """Most questions answered in any 60 seconds."""
+    requests_per_minute: int = Field(6_000, ge=1, le=1_000_000)
+    """Most questions answered in any 60 seconds, by all processes of the site together."""
     scores_per_day: int = Field(100_000, ge=0)
     """Most answers scored in a day (UTC), over all runs; questions that were answered before are free."""
     least_pairs: int = Field(10, ge=1)
@@ -188,6 +188,41 @@ class SiteStore:
         write_atomically(path, json.dumps({"day": day, "spent": spent + scores}).encode())
         return True
 
+    def admit(self, now: float, most: int) -> bool:
+        """Count a question, if fewer than ``most`` came in the last 60 seconds. Over all processes of a site: an engine
+        may start one for every question.
+
+        The file is a ring of the times of the last ``most`` questions, and before them the place of the oldest. What a
+        power cut takes away is a minute's counting, so nothing is synchronised.
+        """
+        with open(os.open(self.folder / "requests", os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_size != 8 * (most + 1):
+                self._resize(file, most)
+            file.seek(0)
+            place = int.from_bytes(file.read(8), "little") % most
+            file.seek(8 * (place + 1))
+            (oldest,) = struct.unpack("<d", file.read(8))
+            if abs(now - oldest) < 60:  # one from farther ahead is of a clock that was put back
+                return False
+            file.seek(8 * (place + 1))
+            file.write(struct.pack("<d", now))
+            file.seek(0)
+            file.write(((place + 1) % most).to_bytes(8, "little"))
+        return True
+
+    @staticmethod
+    def _resize(file: BinaryIO, most: int) -> None:
+        """A ring of another size, with the newest of what was in it."""
+        content = file.read()
+        size = len(content) // 8 - 1
+        times = struct.unpack(f"<{size}d", content[8 : 8 * (size + 1)]) if size > 0 else ()
+        newest = sorted(times)[-most:]
+        ring = [0.0] * (most - len(newest)) + newest  # the oldest first: its place is 0
+        file.seek(0)
+        file.truncate()
+        file.write((0).to_bytes(8, "little") + struct.pack(f"<{most}d", *ring))
+
     def _path(self, run: str, kind: str, step: int) -> Path:
         return self.folder / "runs" / run / kind / f"{step:012d}.visit"
 
@@ -238,8 +273,6 @@ class SiteHost:
     ) -> None:
         self.name, self.handlers, self.policy, self.store = name, handlers, policy, store
         self.pairs, self.clock = pairs, clock
-        self._recent: deque[float] = deque()
-        self._counting = threading.Lock()
 
     def handle(self, kind: str, step: int, frame: bytes) -> bytes:
         """The answer to a frame. Never raises."""
@@ -294,13 +327,8 @@ class SiteHost:
             raise Refused(f"the owner of this site does not allow {kind!r}")
         if kind != HELLO and self.pairs is not None and self.pairs < self.policy.least_pairs:
             raise Refused("this site holds fewer usable pairs than its owner asks for")
-        with self._counting:
-            now = self.clock()
-            while self._recent and not now - 60 < self._recent[0] <= now:
-                self._recent.popleft()
-            if len(self._recent) >= self.policy.requests_per_minute:
-                raise Refused(f"the owner of this site allows {self.policy.requests_per_minute} questions a minute")
-            self._recent.append(now)
+        if not self.store.admit(self.clock(), self.policy.requests_per_minute):
+            raise Refused(f"the owner of this site allows {self.policy.requests_per_minute} questions a minute")
 
     def _scores_bought(self, packet: Packet) -> int:
         """Number of answers that are to be scored; they are spent."""
