@@ -215,17 +215,19 @@ def test_from_nothing_to_a_finished_rehearsal(motet: Motet, tmp_path: Path) -> N
     checked = motet("site", "check", "north/site.toml", "--json")
     assert checked.code == 0
     assert json.loads(checked.out)["fingerprint"] == "toy-1-48"
+    assert "held_out_share = 0.85" in (tmp_path / "north" / "site.toml").read_text(encoding="utf-8")
     config = coordination(tmp_path, "shared", federation={"engine": "flare", "out": "runs/first"}).name
     answer = motet("coordinate", config, "--engine", "local")
     assert answer.code == 0
     assert "north is here" in answer.out
     assert "round 3 of 3" in answer.out
     assert "each site alone" in answer.out
-    assert (tmp_path / "runs" / "first" / "report.html").exists()
+    assert (tmp_path / "runs" / "first-rehearsal" / "report.html").exists()
+    assert not (tmp_path / "runs" / "first").exists(), "which is the real run's"
     status = motet("coordinate", "status", config, "--engine", "local")
     assert "shared: finished, 3 of 3" in status.out
     assert json.loads(motet("coordinate", "status", config, "--json", "--engine", "local").out)["at_work"] is False
-    over = motet("coordinate", "stop", config)
+    over = motet("coordinate", "stop", config, "--engine", "local")
     assert over.code == 2
     assert "is not at work: it is finished" in over.err
 

@@ -30,7 +30,11 @@ Put this site's preference pairs here, as files that end in .jsonl, .jsonl.gz or
 Prompts may be lists of messages, too; docs/data.md shows every form. Nothing in this folder ever leaves the site.
 """
 EXAMPLE_PEOPLE = 12
-"""Made-up people whose pairs ``motet site init --example`` can write: neighbours want different things."""
+"""Made-up people whose pairs ``motet site init --example`` can write: neighbours want different things, and those whose
+numbers differ by four want the same."""
+EXAMPLE_HELD_OUT = 0.85
+"""Share of their prompts to judge by: the rest are few pairs to train on, as real people have, and there are enough to
+tell whether taking part was worth it."""
 
 
 def documented(tables: Mapping[str, type[Section]], given: Mapping[str, Mapping[str, Any]]) -> str:
@@ -84,7 +88,8 @@ def init_site(
         raise ConfigError(f"--example must be 0 to {EXAMPLE_PEOPLE - 1}, one of the made-up people, got {example}")
     called = folder.absolute().name.lower().replace("_", "-").replace(" ", "-") if name is None else name
     site = build(SiteSettings, {"name": called}, "--name")
-    text = documented(SITE_TABLES, {"site": site.model_dump(), "backbone": {} if model is None else {"model": model}})
+    own = site.model_dump() | ({} if example is None else {"held_out_share": EXAMPLE_HELD_OUT})
+    text = documented(SITE_TABLES, {"site": own, "backbone": {} if model is None else {"model": model}})
     pairs = folder / site.data
     written = [path, pairs / "README.txt"]
     if example is not None:

@@ -33,6 +33,8 @@ NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 SELECTORS = ("fedvpa", "fedvpl", "fedbiscuit", "shared", "mixture-em")
 """Methods over embedded pairs whose clients send no pairs; the other controls pool data, or train a language model."""
 METHODS = (*SELECTORS, "mor")
+REHEARSAL = "-rehearsal"
+"""What stands after the name of a rehearsal's run folder."""
 
 
 class SiteSettings(Section):
@@ -239,7 +241,8 @@ def read_coordination(path: Path, engine: str | None = None) -> Coordination:
 
     Args:
         path: ``coordinate.toml``.
-        engine: In place of the file's.
+        engine: In place of the file's. A rehearsal of what the file sends to real sites has a run folder of its own,
+            with ``-rehearsal`` after its name: what it leaves is no part of the real run.
 
     Raises:
         ConfigError: There is no such file, or a setting is unknown or out of range.
@@ -257,9 +260,12 @@ def read_coordination(path: Path, engine: str | None = None) -> Coordination:
     for name in file:
         if name not in (*tables, "method", "seed"):
             raise ConfigError(f"unknown table {name!r} in {path.name}; {nearest(name, [*tables, 'method', 'seed'])}")
-    if engine is not None and isinstance(file.get("federation"), dict):
-        file["federation"] = {**file["federation"], "engine": engine}
+    said = file.get("federation")
+    if engine is not None and isinstance(said, dict):
+        file["federation"] = {**said, "engine": engine}
     federation = _table(FederationSettings, file, "federation", path)
+    if engine == "local" and isinstance(said, dict) and said.get("engine") != "local":
+        federation = federation.model_copy(update={"out": federation.out.rstrip("/") + REHEARSAL})
     public = _table(PublicSettings, file, "public", path)
     if method == "mor" and public.recipe is not None:  # said before a kit is made, or a site is waited for
         raise ConfigError(
