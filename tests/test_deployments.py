@@ -169,7 +169,7 @@ def typed(log: Path, *words: object) -> contextlib.AbstractContextManager[Typed]
 
 def coordinated(config: Path, seconds: float) -> str:
     """``motet coordinate CONFIG`` until it is finished; what it said."""
-    with typed(config.with_suffix(".log"), "coordinate", config, "--patience", 120) as running:
+    with typed(config.with_suffix(".log"), "coordinate", config, "--patience", 300) as running:
         return running.wait(seconds)
 
 

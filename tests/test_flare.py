@@ -276,6 +276,7 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
 
         monkeypatch.setattr(following, "_served", served)
         monkeypatch.setattr(following, "POLL_SECONDS", 0.001)
+        monkeypatch.setattr("motet.engines.gathering.POLL_SECONDS", 0.001)
         (tmp_path / "server").mkdir(exist_ok=True)
         about = {"project": "toy", "host": "localhost", "port": 8002, "sites": list(NAMES)}
         (tmp_path / "deployment.json").write_text(json.dumps(about))

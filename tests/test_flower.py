@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import flower_entries as toy
-from motet.engines.flower import kits
+from motet.engines.flower import kits, processes
 from motet.errors import ConfigError
 from motet.messages import Carrier, Failure
 
@@ -41,7 +41,7 @@ def test_only_the_flower_room_imports_flower() -> None:
 
 
 def test_importing_motet_and_opening_the_kits_brings_neither_flower_nor_torch() -> None:
-    code = "import sys, motet, motet.cli, motet.engines, motet.engines.flower.kits\nprint(*sys.modules)"
+    code = "import sys, motet, motet.cli, motet.engines, motet.engines.flower.processes\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {"flwr", "torch", "grpc", "cryptography"} & set(done.stdout.split())
 
@@ -55,7 +55,7 @@ def test_a_name_that_is_no_folder_or_comes_twice_is_refused(tmp_path: Path, name
 
 def test_a_folder_that_is_no_kit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no kit of motet's: it holds no kit\.toml"):
-        kits.start_supernode(tmp_path, tmp_path / "site.toml")
+        processes.start_supernode(tmp_path, tmp_path / "site.toml")
 
 
 # Kits
@@ -326,8 +326,8 @@ def test_the_app_folder_names_the_two_apps_and_holds_no_code() -> None:
 
     from motet.engines.flower import apps
 
-    assert [path.name for path in kits.APP.iterdir() if path.name != "__pycache__"] == ["pyproject.toml"]
-    about = tomllib.loads((kits.APP / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    assert [path.name for path in processes.APP.iterdir() if path.name != "__pycache__"] == ["pyproject.toml"]
+    about = tomllib.loads((processes.APP / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
     found = {name: apps.opened(entry) for name, entry in about["components"].items()}
     assert isinstance(found["clientapp"], ClientApp)
     assert isinstance(found["serverapp"], ServerApp)
@@ -383,7 +383,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     """A SuperLink and two SuperNodes run the toy protocol; a third knocks with a key that nobody registered."""
     pytest.importorskip("flwr")
     folder = tmp_path_factory.mktemp("flower").resolve()
-    kits.provision(folder / "kits", [*toy.SITES, "stranger"], port=kits.free_port())
+    kits.provision(folder / "kits", [*toy.SITES, "stranger"], port=processes.free_port())
     (folder / "kits" / "server" / "keys" / "stranger.pub").unlink()
     sites, config = sites_in(folder / "sites"), folder / "config.json"
     config.write_text(json.dumps(KINDS))
@@ -399,13 +399,15 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
 
     def coordinate() -> None:
         try:
-            kits.coordinate(folder / "kits" / "server", config, folder / "out", said, "flower_entries:serve")
+            processes.coordinate(
+                folder / "kits" / "server", config, folder / "out", said, "flower_entries:serve", heard=said
+            )
         except BaseException as error:
             trouble.append(error)
 
     def start(name: str, site: Path) -> subprocess.Popen[bytes]:
         more = {"MOTET_SITE_ENTRY": "flower_entries:open_host"}
-        return kits.start_supernode(folder / "kits" / name, site, environment=more)
+        return processes.start_supernode(folder / "kits" / name, site, environment=more)
 
     patched = pytest.MonkeyPatch()
     patched.setenv("PYTHONPATH", os.pathsep.join([str(HOUSE.parent), str(HERE)]))
@@ -428,7 +430,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
         os.kill(int(lingering.read_text()), signal.SIGKILL)
         found["stranger's exit"] = stranger.wait(120)
         assert events["step 4 return"].wait(240), (lines, trouble)
-        kits.end(nodes["clinic-b"])
+        processes.end(nodes["clinic-b"])
         time.sleep(5)
         nodes["clinic-b"] = start("clinic-b", sites["clinic-b"])
         coordinator.join(240)
@@ -438,7 +440,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, A
     finally:
         patched.undo()
         for node in nodes.values():
-            kits.end(node)
+            processes.end(node)
         coordinator.join(15)
         until = time.monotonic() + 15
         while running_in(folder) and time.monotonic() < until:

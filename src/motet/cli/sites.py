@@ -179,7 +179,7 @@ def _end_when_told() -> None:
 
 def _start_over_flower(path: Path, kit: Path, name: str, console: Console) -> None:
     from motet.config import read_toml
-    from motet.engines.flower.kits import attend
+    from motet.engines.flower.processes import attend
     from motet.errors import ConfigError
 
     if (of := read_toml(kit / "kit.toml").get("site")) != name:

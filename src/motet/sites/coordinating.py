@@ -52,7 +52,7 @@ def coordinate(coordination: Coordination, said: Say, patience_seconds: float = 
         if settings.engine == "local":
             serve(LocalSites(_hosts(coordination)), coordination.path, out, "local")
         elif settings.engine == "flower":
-            _over_flower(coordination, said)
+            _over_flower(coordination, said, patience_seconds)
         else:
             _over_flare(coordination, said, patience_seconds)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -99,15 +99,19 @@ def _over_flare(coordination: Coordination, said: Say, patience_seconds: float) 
     )  # fmt: skip
 
 
-def _over_flower(coordination: Coordination, said: Say) -> None:
+def _over_flower(coordination: Coordination, said: Say, patience_seconds: float) -> None:
     need("flower")
-    from motet.engines.flower import kits as flower
+    from motet.engines.flower.kits import provision
+    from motet.engines.flower.processes import coordinate as over_flower
 
     settings, kits = coordination.federation, coordination.kits
     if not (kits / "server").exists():
-        flower.provision(kits, settings.sites, settings.host, settings.port)
+        provision(kits, settings.sites, settings.host, settings.port)
         _say_whose(kits, settings.sites, said)
-    flower.coordinate(kits / "server", coordination.path, coordination.out, said)
+    over_flower(
+        kits / "server", coordination.path, coordination.out, said, sites=settings.sites,
+        quorum=settings.needed(len(settings.sites)), patience_seconds=patience_seconds,
+    )  # fmt: skip
 
 
 def _say_whose(kits: Path, sites: Sequence[str], said: Say) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from motet.engines.flare.job import read_note, write_job
 from motet.engines.flare.kits import ADMIN, SERVER, USER, deployment
 from motet.engines.flare.processes import SERVE, Running, end_server, listening, start_server
+from motet.engines.gathering import gathered
 from motet.errors import ConfigError, RunError
 
 LOGIN_SECONDS = 120
@@ -94,7 +95,7 @@ def coordinate(
         _abort_all(session)  # of a coordinator that is gone
         wait, idle = patience_seconds, 0
         while True:
-            here = _gathered(session, wanted, quorum, wait, said)
+            here = gathered(lambda: _present(session), wanted, quorum, wait, said)
             before, note = progress(), kits / SERVER / f"note-{uuid.uuid4().hex[:8]}.json"
             with tempfile.TemporaryDirectory() as folder:
                 job = session.submit_job(str(write_job(Path(folder), config, out, note, here, min(quorum, len(here)))))
@@ -199,31 +200,6 @@ def _abort_all(session: Any) -> None:
     for job, _ in _unfinished(session):
         with contextlib.suppress(Exception):
             session.abort_job(job)
-
-
-def _gathered(
-    session: Any, wanted: Sequence[str], quorum: int, patience_seconds: float, said: Callable[[str], None]
-) -> list[str]:
-    """Those of the wanted sites that are there: all, or after some waiting a quorum."""
-    end, told = time.monotonic() + patience_seconds, None
-    while True:
-        here = sorted(_present(session) & set(wanted))
-        missing = sorted(set(wanted) - set(here))
-        if not missing:
-            said(f"all {len(here)} sites are here")
-            return here
-        if told != here:
-            said(f"{len(here)} of {len(wanted)} sites are here; waiting for {', '.join(missing)}")
-            told = here
-        if time.monotonic() > end:
-            if len(here) >= quorum:
-                said(f"going on without {', '.join(missing)}")
-                return here
-            raise RunError(
-                f"{len(here)} of {len(wanted)} sites came within {patience_seconds:.0f} s, {quorum} are needed;"
-                f" missing: {', '.join(missing)}; start them, then start again"
-            )
-        time.sleep(POLL_SECONDS)
 
 
 def _followed(

@@ -54,14 +54,20 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def main(grid: Grid, context: Context) -> None:
-    """The server's part of a run: everything that ``serve`` does, over this grid."""
+    """The server's part of a run: wait for the sites, then everything that ``serve`` does, over this grid."""
     from motet.engines.flower.carrier import FlowerCarrier
+    from motet.engines.flower.processes import SAID
+    from motet.engines.gathering import gathered
 
     settings = {name: str(context.run_config.get(name, "")) for name in ("serve", "config", "out")}
     for name, value in settings.items():
         if not value:
             raise ConfigError(f"{name} must be given to flwr run, got nothing; --run-config '{name}=\"…\"' sets it")
-    opened(settings["serve"])(FlowerCarrier(grid), Path(settings["config"]), Path(settings["out"]))
+    carrier = FlowerCarrier(grid)
+    if sites := [site for site in str(context.run_config.get("sites", "")).split(",") if site]:
+        quorum, patience = int(context.run_config["quorum"]), float(context.run_config["patience"])
+        gathered(carrier.sites, sites, quorum, patience, lambda line: print(SAID + line, flush=True))
+    opened(settings["serve"])(carrier, Path(settings["config"]), Path(settings["out"]))
 
 
 # Flower looks these two names up in the source, without running it: plain assignments, no annotations.
