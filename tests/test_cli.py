@@ -331,14 +331,16 @@ def test_from_a_run_to_a_judged_policy(motet: Motet, tmp_path: Path, undrawn: No
 
     write_language_model(tmp_path / "llama")
     voices = few_voices(tmp_path, 80)
-    settings = {**SMALL, "rounds": 2, "judge_share": 0.5, "data": voices}
+    # four people who are all there in each round: their prototypes are told apart, and called after their axes
+    settings = {**SMALL, "clients": 4, "cohort": 4, "prototypes": 4, "judge_share": 0.5, "data": voices}
     assert (
         motet("run", "voices", *[w for n, v in settings.items() for w in ("--set", f"{n}={v}")], "--out", "run").code
         == 0
     )
-    short = "prompts_used=4 validation_prompts=2 max_new_tokens=4 steps=2 check_every=1 batch_pairs=2"
+    short = "prompts_used=4 validation_prompts=2 max_new_tokens=4 check_every=1"
     train = [w for setting in short.split() for w in ("--set", setting)]
-    for by, more in (("dpo", "answers_per_prompt=2 least_probability=0.5"), ("grpo", "grpo_steps=1 group_size=2")):
+    dpo = "steps=2 batch_pairs=2 answers_per_prompt=2 least_probability=0.5"
+    for by, more in (("dpo", dpo), ("grpo", "grpo_steps=1 group_size=2")):
         extra = [w for setting in more.split() for w in ("--set", setting)]
         answer = motet("align", "run", "--out", by, "--by", by, "--base", "./llama", *train, *extra)
         assert answer.code == 0, answer.err
