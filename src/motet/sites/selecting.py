@@ -287,7 +287,7 @@ def _identity(server: Server) -> str:
     tables["backbone"], tables["sites"] = server.common.fingerprint, list(server.sites)
     digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode())
     for pair in server.public:
-        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected).encode())
+        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected, image=pair.image).encode())
     return digest.hexdigest()
 
 
