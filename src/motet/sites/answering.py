@@ -50,9 +50,9 @@ class Heard:
 
     rewards: Float[Tensor, "two prompts"]
     """Routed, before and after."""
-    z: Float[Tensor, "sites two prompts"]
+    z: Float[Tensor, "clients two prompts"]
     """Each site's own, calibrated; nought where it has no voice."""
-    weights: Float[Tensor, "sites prompts"]
+    weights: Float[Tensor, "clients prompts"]
     """Each site's say about the prompt."""
 
     def and_then(self, other: "Heard") -> "Heard":
