@@ -160,6 +160,17 @@ def test_parts_of_a_query_are_small_and_together_the_query(most: int) -> None:
     assert all(RewardQuery.from_bytes(part.serialised()) == part for part in cut)
 
 
+def test_the_pictures_of_one_question_are_not_too_many_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = RewardQuery(((Turn("user", "?"),),) * 7, ("a",) * 7, tuple(noise(n // 2) for n in range(7)))
+    payload = query.serialised()
+    monkeypatch.setattr("motet.alignment.asked.MOST_SHOWN", 2 * 12 * 12)
+    with pytest.raises(MessageError, match="its pictures must have at most 288 pixels together"):
+        RewardQuery.from_bytes(payload)
+    cut = parts(query, 10**9)
+    assert [len(part.answers) for part in cut] == [4, 3]
+    assert all(RewardQuery.from_bytes(part.serialised()) == part for part in cut)
+
+
 def test_a_site_opens_no_bomb() -> None:
     query = RewardQuery(((Turn("user", "?"),),), ("a",), (noise(0),))
     tensors = tensors_from(query.serialised())
