@@ -1,15 +1,22 @@
 """Pairs from files: every form of row, every kind of damage, and what is dropped."""
 
+import base64
 import gzip
+import io
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as Pillow
 
-from motet.data.pairs import BadRow, PairSet, local_path, parse_hh, read_pairs, rows_of
+from motet.data.forms import parse_hh
+from motet.data.pairs import BadRow, PairSet, local_path, read_pairs, rows_of, sift
 from motet.errors import DataError
-from motet.records import Turn, prompt_group
+from motet.records import Image, Turn, prompt_group
 
 PLAIN = {"prompt": "Tea or coffee?", "chosen": "Tea.", "rejected": "Coffee."}
 
@@ -24,7 +31,7 @@ def read(tmp_path: Path, *rows: Any, **options: Any) -> PairSet:
     return read_pairs(write(tmp_path / "pairs.jsonl", *rows), **options)
 
 
-def message(role: str, content: str) -> dict[str, str]:
+def message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
@@ -259,3 +266,187 @@ def test_a_hub_data_set_is_read_by_split(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(datasets, "load_dataset", lambda name, data_dir, split: {"test": [PLAIN]}[split])
     assert read_pairs("owner/name", split="test").said().startswith("1 pairs from owner/name; dropped 0 equal")
+
+
+# --- pictures
+
+
+def png(colour: tuple[int, int, int] = (250, 0, 0), size: tuple[int, int] = (8, 6), kind: str = "PNG") -> bytes:
+    held = io.BytesIO()
+    Pillow.new("RGB", size, colour).save(held, format=kind)
+    return held.getvalue()
+
+
+def text(payload: bytes) -> str:
+    return base64.b64encode(payload).decode()
+
+
+RED, BLUE = png(), png((0, 0, 250))
+PARTS = [{"type": "image"}, {"type": "text", "text": "Tea or coffee?"}]
+SHOWN = {"prompt": [{"role": "user", "content": PARTS}], "chosen": [TEA], "rejected": [COFFEE]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PLAIN | {"image": "photos/red.png"},
+        PLAIN | {"images": ["./photos/red.png"], "image": None},
+        PLAIN | {"image": text(RED)},
+        PLAIN | {"images": [f"data:image/png;base64,{text(RED)}"]},
+        PLAIN | {"image": {"bytes": None, "path": "photos/red.png"}, "images": []},
+        SHOWN | {"image": "photos/red.png"},
+        {"chosen": [*SHOWN["prompt"], TEA], "rejected": [*SHOWN["prompt"], COFFEE], "image": text(RED)},
+    ],
+    ids=["path", "list of one", "base64", "data address", "struct", "parts", "parts, prompt inside"],
+)
+def test_each_form_of_a_picture_gives_the_same_pair(tmp_path: Path, row: Any) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "red.png").write_bytes(RED)
+    found = read(tmp_path, row)
+    assert not found.bad
+    (pair,) = found.pairs
+    assert pair.image == Image(8, 6, bytes((250, 0, 0)) * 48)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((Turn("user", "Tea or coffee?"),), "Tea.", "Coffee.")
+    assert pair.group == f"picture-{pair.image.digest}"
+    assert found.said().startswith("1 pairs from pairs.jsonl, 1 of them about pictures; dropped")
+
+
+def test_equal_words_about_other_pictures_are_other_pairs_and_equal_pictures_are_kept_once(tmp_path: Path) -> None:
+    rows = [PLAIN | {"image": text(one)} for one in (RED, BLUE, png(kind="BMP"))]
+    found = read(tmp_path, *rows, PLAIN, PLAIN | {"image": text(RED), "chosen": "Milk."})
+    assert (len(found.pairs), found.duplicates, found.pictured) == (4, 1, 3)
+    red, blue, without, again = found.pairs
+    assert red.image is again.image
+    assert len({pair.group for pair in found.pairs}) == 3
+    assert without.image is None
+    assert blue.image is not None
+
+
+def test_parquet_and_datasets_hold_pictures(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    datasets.disable_progress_bars()
+    rows = [SHOWN | {"image": {"bytes": payload, "path": "a.png"}} for payload in (RED, BLUE, b"none")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    wanted = read(tmp_path, *(PLAIN | {"image": text(one)} for one in (RED, BLUE))).pairs
+    found = read_pairs(tmp_path / "a.parquet", max_bad_share=0.5)
+    assert found.pairs == wanted
+    assert [bad.place for bad in found.bad] == ["a.parquet:3"]
+    column = {name: [row[name] for row in rows] for name in SHOWN}
+    one = datasets.Features(
+        datasets.Dataset.from_dict(column).features
+        | {"image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    )
+    packed = [row["image"] for row in rows]
+    for name, given in (("image", packed), ("images", [[p] for p in packed])):
+        other = {"image": "images", "images": "image"}[name]
+        table = datasets.Dataset.from_dict(column | {name: given, other: [None] * 3}, features=one)
+        table.save_to_disk(tmp_path / name)
+        found = read_pairs(tmp_path / name, max_bad_share=0.5)
+        assert found.pairs == wanted, name
+        assert [bad.place for bad in found.bad] == [f"{name}:3"]
+    decoded = [
+        (f"row:{i}", PLAIN | {"image": Pillow.open(io.BytesIO(one))}) for i, one in enumerate((RED, RED[:46]), 1)
+    ]
+    found = sift(decoded, source="a table", max_bad_share=0.5)
+    assert found.pairs == wanted[:1]
+    assert "no whole picture" in found.bad[0].reason
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A small file that claims to be large."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return RED[:8] + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + RED[33:]
+
+
+DEEP = io.BytesIO()
+Pillow.new("I;16", (4, 4)).save(DEEP, format="PNG")
+HOSTILE: list[tuple[Any, str]] = [
+    ({"image": "/etc/hostname.png"}, "must stay in the folder of its file, got '/etc/hostname.png'"),
+    ({"image": "../out.png"}, "must stay in the folder of its file, got '../out.png'"),
+    ({"image": "photos/../../out.png"}, "must stay in the folder of its file, got"),
+    ({"image": "photos\\..\\..\\out.png"}, "must stay in the folder of its file, got"),
+    ({"image": "C:\\out.png"}, "must stay in the folder of its file, got"),
+    ({"image": "photos/link.png"}, "must stay in the folder of its file, 'photos/link.png' leads out"),
+    ({"image": "links/out.png"}, "must stay in the folder of its file, 'links/out.png' leads out"),
+    ({"image": "circle.png"}, "circle.png' "),
+    ({"image": "none.png"}, "there is no picture 'none.png' in the folder of the file"),
+    ({"image": "photos.d"}, "there is no picture 'photos.d' in the folder of the file"),
+    ({"image": "pipe.png"}, "there is no picture 'pipe.png' in the folder of the file"),
+    ({"image": "a\x00.png"}, "image"),
+    ({"image": f"{'a' * 5000}.png"}, "leads nowhere"),
+    ({"image": {"bytes": None, "path": "/etc/hostname.png"}}, "must stay in the folder of its file"),
+    ({"image": "https://example.org/a.png"}, "nothing is fetched; put the picture beside the file"),
+    ({"image": "file:///etc/hostname.png"}, "nothing is fetched"),
+    ({"image": "not base64!"}, "neither base64 nor the name of a picture, got 'not base64!'"),
+    ({"image": "data:image/png,red"}, "a data address of image must be base64"),
+    ({"image": text(b"%!PS-Adobe-3.0 EPSF-3.0\n")}, "no picture of a format that is read: PNG, JPEG, WEBP"),
+    ({"image": text(RED[:-20])}, "it is no whole picture"),
+    ({"image": text(RED[:43] + b"\0" * 9 + RED[52:])}, "it is no whole picture"),
+    ({"image": text(claiming(9000, 9000))}, "at most 64,000,000 pixels, got 9,000 by 9,000; shrink it"),
+    ({"image": text(claiming(60_000, 60_000))}, "at most 64,000,000 pixels, got far more"),
+    ({"image": text(DEEP.getvalue())}, "8 bits a channel, got mode 'I;16'"),
+    ({"image": 3}, "image must be a path, base64, or bytes with a path beside them, got int"),
+    ({"images": [text(RED), text(BLUE)]}, "a pair is about exactly one picture, images has 2"),
+    ({"images": [text(RED)], "image": text(BLUE)}, "in image or in images, this one has both"),
+    (SHOWN, "the prompt shows a picture, and neither image nor images has it"),
+    ({"prompt": [message("user", PARTS + PARTS)], "image": text(RED)}, "exactly one picture, prompt shows 2"),
+    ({"prompt": [message("user", [{"type": "video"}])]}, "must be a text with its text, or an image, got 'video'"),
+    ({"prompt": [message("user", ["Tea?"])]}, "must be a text with its text, or an image, got None"),
+    ({"prompt": [message("system", PARTS), ASK], "image": text(RED)}, "only the user shows a picture, in prompt"),
+    ({"prompt": [message("user", [{"type": "image", "url": "a.png"}])]}, "it must stand beside the prompt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "reason"), HOSTILE, ids=[f"{n} {r[:30]}" for n, (_, r) in enumerate(HOSTILE)])
+def test_a_picture_that_cannot_be_read_is_a_bad_row(tmp_path: Path, given: Any, reason: str) -> None:
+    (tmp_path / "out.png").write_bytes(RED)
+    home = tmp_path / "home"
+    (home / "photos").mkdir(parents=True)
+    (home / "photos.d").mkdir()
+    (home / "photos" / "link.png").symlink_to(tmp_path / "out.png")
+    (home / "links").symlink_to(tmp_path)
+    (home / "circle.png").symlink_to(home / "circle.png")
+    os.mkfifo(home / "pipe.png")
+    found = read(home, PLAIN, PLAIN | given, max_bad_share=0.5, quarantine=tmp_path / "bad.jsonl")
+    assert len(found.pairs) == 1
+    assert found.bad[0].place == "pairs.jsonl:2"
+    assert reason in found.bad[0].reason
+    assert len(found.bad[0].reason) < 200
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == found.bad[0].reason
+
+
+def test_pictures_are_shrunk_turned_up_and_laid_on_white(tmp_path: Path) -> None:
+    held = io.BytesIO()
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Pillow.new("RGB", (40, 20)).save(held, format="JPEG", exif=exif)
+    (tmp_path / "a.jpg").write_bytes(held.getvalue())
+    clear = io.BytesIO()
+    Pillow.new("RGBA", (4, 4), (0, 0, 0, 0)).save(clear, format="PNG")
+    rows = [PLAIN | {"image": "a.jpg"}, PLAIN | {"image": text(clear.getvalue())}, PLAIN | {"image": "link.jpg"}]
+    (tmp_path / "link.jpg").symlink_to("a.jpg")  # a link that stays in the folder is fine
+    found = read(tmp_path, *rows, image_pixels=16)
+    turned, white = (pair.image for pair in found.pairs)
+    assert turned is not None
+    assert (turned.width, turned.height, found.duplicates) == (8, 16, 1)
+    assert white == Image(4, 4, b"\xff" * 48)
+
+
+def test_a_path_counts_from_nowhere_where_there_is_no_folder() -> None:
+    found = sift([("a:1", PLAIN), ("a:2", PLAIN | {"image": "a.png"})], source="a hub", max_bad_share=0.5)
+    assert "this source has no folder that it counts from" in found.bad[0].reason
+
+
+def test_pairs_about_pictures_are_dealt_by_their_pictures(tmp_path: Path) -> None:
+    from motet.data.recipes import DataSettings, load_recipe
+
+    rows = [
+        PLAIN | {"image": text(png((n, 0, 0))), "chosen": answer} for n in range(40) for answer in ("Tea.", "Milk.")
+    ]
+    deal = load_recipe(DataSettings(recipe="pairs", data=str(write(tmp_path / "a.jsonl", *rows)), clients=2), 0)
+    shown = [{pair.image for person in deal.people for pair in getattr(person, part)} for part in ("train", "test")]
+    assert len(shown[0]) > 4
+    assert not shown[0] & shown[1]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from motet.alignment.asked import RewardQuery
@@ -20,9 +21,10 @@ from motet.messages import Failure, Packet
 from motet.records import Pair, Turn
 from motet.report import summary_table
 from motet.selector.reward import CallableReward
+from motet.sites import answering
 from motet.sites.holdings import read_holding
 from motet.sites.hosted import open_host
-from motet.sites.rewarding import question_of
+from motet.sites.policy import question_of
 from motet.sites.serving import serve
 from motet.sites.settings import read_coordination, read_site
 from test_sites_runs import Broken, asked
@@ -79,23 +81,89 @@ def test_a_mixture_over_sites_leaves_an_ordinary_folder(llama: Path, tmp_path: P
     assert (tmp_path / "out" / "policy" / "adapter_model.safetensors").exists()
     assert "This run was a deployment" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert summary_table(tmp_path / "out").row_count
+    policy = evaluation["policy"]
+    (domain,) = policy["gain"]
+    assert domain == "public"
+    for found in (policy, policy["overall"]):
+        before, after, gain = (found[name].get(domain, found[name]) for name in ("before", "after", "gain"))
+        assert gain["reward"] == pytest.approx(after["reward"] - before["reward"])
+        assert gain["interval"][0] <= gain["reward"] <= gain["interval"][1]
+    assert summary["reward_held_out"] == policy["overall"]["gain"]["reward"]
+    assert len(policy["examples"]) == policy["overall"]["before"]["questions"] == 8
+    for row in policy["examples"]:
+        assert "answer" not in row
+        assert "right_before" not in row
+        asked_for = [row["weights"][site] * row["rewards"][site] for site in NAMES]
+        assert sum(asked_for) == pytest.approx(row["reward_after"] - row["reward_before"], abs=1e-3)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Nobody here knows right answers" in page
+    assert "What GRPO brought" in page
+    assert "By GRPO, the routed reward of answers to held-out prompts" in page
+    assert "gold" not in page
+    assert "exact answer" not in page.lower()
+    card = (tmp_path / "out" / "policy" / "README.md").read_text(encoding="utf-8")
+    assert "| public | " in card
+    assert "right" not in card.replace("Nobody knows right answers", "")
     scores = [sites for kind, sites in counting.asked if kind == "score"]
     assert set(scores) == {NAMES}, "every batch goes to all sites in one question"
     assert Counter(kind for kind, _ in counting.asked) == {"hello": 1, "setup": 1, "fit": 1, "score": len(scores)}
 
 
-def test_a_mixture_that_is_cut_off_goes_on_to_the_same_bits(llama: Path, tmp_path: Path) -> None:
+def test_a_mixture_that_is_cut_off_goes_on_to_the_same_bits(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "AT_ONCE", 3)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    serve(carrier(toy_sites(whole)), config_of(whole, llama), whole / "out")
-    sites, config = toy_sites(cut), config_of(cut, llama)
-    counting = Counting(carrier(sites))
+    few = {"server": {"base": str(llama), "policy_steps": 2, "scored_questions": 12}}
+    serve(carrier(toy_sites(whole)), config_of(whole, llama, **few), whole / "out")
+    sites, config = toy_sites(cut), config_of(cut, llama, **few)
     with pytest.raises(RuntimeError, match="goes down"):
-        serve(Broken(counting, "score", 19), config, cut / "out")
+        serve(Broken(carrier(sites), "score", 19), config, cut / "out")
     serve(carrier(sites), config, cut / "out")
-    for name in ("scores.safetensors", "router.safetensors", "policy/adapter_model.safetensors"):
+    for name in ("scores.safetensors", "router.safetensors", "policy/adapter_model.safetensors", "answers.safetensors"):
         one, other = (load_file(folder / "out" / name) for folder in (whole, cut))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
+    one, other = (read(folder / "out", "evaluation.json")["policy"] | {"seconds": 0} for folder in (whole, cut))
+    assert one == other
+
+
+def test_answers_and_their_scores_are_kept(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "AT_ONCE", 4)
+    sites, out = toy_sites(tmp_path), tmp_path / "out"
+    few = {"base": str(llama), "policy_steps": 1, "scored_questions": 12}
+    config = config_of(tmp_path, llama, server=few, router={"router": "uniform", "router_steps": 0})
+    counting = Counting(carrier(sites))
+    serve(counting, config, out)
+    found, last = read(out, "evaluation.json")["policy"], len([k for k, _ in counting.asked if k == "score"])
+    sampled: list[str] = []
+    inner = answering.answer
+
+    def watched(*given: Any, **more: Any) -> Any:
+        sampled.append("asked")
+        return inner(*given, **more)
+
+    monkeypatch.setattr(answering, "answer", watched)
+    for name, answers, asked_again in (("nothing", 0, 0), ("scores of the last prompts", 0, 1), ("all", 2, 2)):
+        if name == "all":
+            (out / "answers.safetensors").write_bytes(b"damaged")
+        elif name != "nothing":
+            _forget(out / "answers.safetensors", 4)
+        sampled.clear()
+        again = Counting(carrier(sites))
+        serve(again, config, out)
+        assert len(sampled) == answers, name
+        assert [kind for kind, _ in again.asked].count("score") == asked_again, name
+        assert read(out, "evaluation.json")["policy"] | {"seconds": 0} == found | {"seconds": 0}, name
+    assert last > 3
+
+
+def _forget(path: Path, prompts: int) -> None:
+    """As if the run had been cut off so many prompts before the end."""
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    cut = {name: tensor[..., :-prompts].contiguous() for name, tensor in load_file(path).items()}
+    path.write_bytes(save(cut, metadata=about))
 
 
 def test_without_steps_rewards_are_routed_and_no_policy_is_trained(llama: Path, tmp_path: Path) -> None:

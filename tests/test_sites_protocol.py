@@ -15,8 +15,8 @@ from motet.federated.host import SitePolicy
 from motet.federated.sites import VISITS
 from motet.messages import ENVELOPE, LONGEST_REASON, PROTOCOL, STATUS, parse
 from motet.records import Image, Turn, tensors_from
+from motet.sites.asking import MOST_ANSWERS
 from motet.sites.hosted import KINDS
-from motet.sites.rewarding import MOST_ANSWERS
 from motet.sites.rules import (
     FIRST_SCORE,
     FIT_STEP,

@@ -135,7 +135,7 @@ def deal_digest(deal: Deal) -> str:
 
     def holding(pairs: tuple[Pair, ...]) -> str:
         if id(pairs) not in texts:
-            rows = [(text_key(p.prompt, p.chosen, p.rejected), p.axis, p.group) for p in pairs]
+            rows = [(text_key(p.prompt, p.chosen, p.rejected, image=p.image), p.axis, p.group) for p in pairs]
             texts[id(pairs)] = _hash(rows)
         return texts[id(pairs)]
 

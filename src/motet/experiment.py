@@ -53,7 +53,7 @@ from motet.federated.server import ROUNDS, Progress, RunSettings, check_checkpoi
 from motet.records import ClientData, Pair, RoundLog
 from motet.report import write_report
 from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder, open_backbone
-from motet.selector.embedded import embed
+from motet.selector.embedded import embed, unseen
 from motet.selector.features import text_key
 from motet.selector.trained import About, Selector
 from motet.selector.whitening import FeatureSettings, Whitening, fit_whitening
@@ -220,6 +220,8 @@ class Prepared:
     """Spent on features; near 0 when all of them were cached."""
     texts: int
     seed: int
+    unseen: str | None = None
+    """What is to be said of pictures that the model does not look at."""
 
     @cached_property
     def controls(self) -> Mapping[str, Judgement]:
@@ -236,6 +238,8 @@ def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | N
     started = time.perf_counter()
     backbone = open_backbone(asked.backbone, cache)
     holdings = [person.train for person in deal.people] + [person.test for person in deal.people] + [deal.public]
+    if blind := unseen(backbone, {id(pair): pair for pairs in holdings for pair in pairs}.values()):
+        watcher.said(blind)
     table = embed(backbone, holdings, asked.backbone.choice_log_odds, cache, watcher.features)
     seconds = time.perf_counter() - started
     if not deal.public and asked.features.whitening:
@@ -262,7 +266,9 @@ def prepare(asked: Settings, cache: Path, watcher: Watcher, quarantine: Path | N
         data = ClientData(person.client_id, *take(person.train))
         people.append(Judged(person.client_id, person.name, person.seen, person.axis, data, shared[id(person.test)]))
     pairs = {person.client_id: person.train for person in deal.people}
-    return Prepared(deal, tuple(people), pairs, whitening, backbone.fingerprint, seconds, len(table.row_of), asked.seed)
+    return Prepared(
+        deal, tuple(people), pairs, whitening, backbone.fingerprint, seconds, len(table.row_of), asked.seed, blind
+    )  # fmt: skip
 
 
 def run(
@@ -378,6 +384,8 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
     if asked.data.labels == "coin-flip":
         flipped = "All labels were replaced by coin flips: anything but 50 % on held-out pairs would be a leak."
         evaluation["warnings"].append(flipped)
+    if prepared.unseen:
+        evaluation["warnings"].append(f"{prepared.unseen}.")
     write_atomically(out / "evaluation.json", _json(evaluation))
     logs = [json.loads(line) for line in (out / ROUNDS).read_text(encoding="utf-8").splitlines()]
     visits = sum(len(log["cohort"]) for log in logs)
@@ -455,9 +463,9 @@ def _identity(asked: Settings, prepared: Prepared) -> str:
     digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode())
     for client, pairs in sorted(prepared.pairs.items()):
         for pair in pairs:
-            digest.update(f"{client}{text_key(pair.prompt, pair.chosen, pair.rejected)}".encode())
+            digest.update(f"{client}{text_key(pair.prompt, pair.chosen, pair.rejected, image=pair.image)}".encode())
     for pair in prepared.deal.public:  # the whitening is learnt from them
-        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected).encode())
+        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected, image=pair.image).encode())
     return digest.hexdigest()
 
 

@@ -262,7 +262,9 @@ def _embedded(
     backbone: Backbone, whitening: Whitening, choice: bool, pairs: Sequence[Pair], cache: Path | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Whitened embeddings of both answers of each pair, and the scalars, first minus second."""
-    said = embeddings(backbone, [(p.prompt, a) for p in pairs for a in (p.chosen, p.rejected)], cache)
+    shown = [pair.image if backbone.sees else None for pair in pairs]
+    items = [(p.prompt, a, image) for p, image in zip(pairs, shown, strict=True) for a in (p.chosen, p.rejected)]
+    said = embeddings(backbone, items, cache)
     white = whitening(said.embedding)
     scalars = [said.log_likelihood[0::2] - said.log_likelihood[1::2]]
     if choice:

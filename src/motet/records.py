@@ -74,7 +74,7 @@ class Pair:
     axis: str | None = None
     """The axis of preference. Known to evaluation only, never shown to training."""
     group: str = ""
-    """What may never straddle a split: by default the prompt, see :func:`prompt_group`."""
+    """What may never straddle a split: by default the prompt, or its picture, see :func:`pair_group`."""
     image: Image | None = None
     """What the prompt is about, where it is about a picture."""
 
@@ -93,6 +93,11 @@ def prompt_group(prompt: tuple[Turn, ...]) -> str:
     """A short, stable name for a prompt; prompts that differ only in case and white space share it."""
     plain = "\x1e".join(f"{turn.role}\x1f{' '.join(turn.content.split()).casefold()}" for turn in prompt)
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def pair_group(prompt: tuple[Turn, ...], image: Image | None) -> str:
+    """The picture, whatever is asked about it: many pictures are asked the same. Without one, the prompt."""
+    return prompt_group(prompt) if image is None else f"picture-{image.digest}"
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,15 @@ class Kind(NamedTuple):
     model: str | None
     """What its backbone is unless a client names another; ``None``: it has none."""
     title: str
+    only_pictures: bool = False
+    """Whether all that it knows of a prompt is its picture."""
 
 
 KINDS: Mapping[str, Kind] = {
     "vlm": Kind("eyes", "head on a vision-language model"),
     "causal": Kind("smollm2", "head on a causal language model"),
     "sentence": Kind("minilm", "head on sentence embeddings"),
-    "picture": Kind("efficientnet-lite0", "head on picture embeddings crossed with words"),
+    "picture": Kind("efficientnet-lite0", "head on picture embeddings crossed with words", only_pictures=True),
     "rules": Kind(None, "plain rules, weighed"),
     "toy": Kind("toy", "head on bags of words, for tests"),
     "selector": Kind(None, "FedVPA selector at a taste"),

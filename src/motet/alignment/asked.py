@@ -8,7 +8,7 @@ This is all that MoR sends between server and clients, so its length is what a l
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,10 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from motet.data.pictures import opened
 from motet.errors import MessageError
 from motet.records import Image, Turn, tensors_from
 
 Prompt = tuple[Turn, ...]
+HEADER = 128
+"""Bytes that a picture takes in the header of a query, at most."""
+MOST_SHOWN = 256_000_000
+"""Pixels of all pictures of a query together: packed they can be small, and whoever reads them has them in memory."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class RewardQuery:
             images: tuple[Image | None, ...] | None = None
             if "image" in tensors:
                 count = sum(name.startswith("image.") for name in tensors)
-                shown = [_opened(bytes(tensors[f"image.{place}"].tolist())) for place in range(count)]
+                shown = list(_all_opened(tensors[f"image.{place}"].numpy().tobytes() for place in range(count)))
                 images = tuple(None if place < 0 else shown[place] for place in tensors["image"].tolist())
             asked = tuple(prompts[place] for place in tensors["prompt"].tolist())
             return cls(asked, tuple(_read(tensors["answers"])), images)
@@ -117,12 +122,54 @@ def _png(image: Image) -> bytes:
     return written.getvalue()
 
 
-def _opened(payload: bytes) -> Image:
-    from PIL import Image as Pillow
-
-    return Image.of(Pillow.open(io.BytesIO(payload)))
+def _all_opened(payloads: Iterable[bytes]) -> Iterator[Image]:
+    """Pictures that came from elsewhere: the size of each is looked at before a pixel is unpacked."""
+    pixels = 0
+    for payload in payloads:
+        image = opened(payload, formats=("PNG",))
+        pixels += image.width * image.height
+        if pixels > MOST_SHOWN:
+            raise ValueError(f"its pictures must have at most {MOST_SHOWN:,} pixels together")
+        yield image
 
 
 def query_of(prompts: Sequence[Prompt], answers: Sequence[str], images: Sequence[Image | None] | None) -> RewardQuery:
     """A query of sequences."""
     return RewardQuery(tuple(prompts), tuple(answers), None if images is None else tuple(images))
+
+
+def parts(query: RewardQuery, most_bytes: int, most_answers: int | None = None) -> list[RewardQuery]:
+    """A query as several, in the order of its answers, each with each prompt and picture once.
+
+    Args:
+        query: One answer or more.
+        most_bytes: What each takes as serialised, about; an answer that takes more by itself is one of its own.
+        most_answers: In each; left out, as many as fit.
+    """
+    images = query.images if query.images is not None else (None,) * len(query.answers)
+    starts, size, pixels, known = [0], 0, 0, set[object]()
+    for place, (prompt, answer, image) in enumerate(zip(query.prompts, query.answers, images, strict=True)):
+        needs: dict[object, int] = {prompt: _length([list(turn) for turn in prompt])}
+        if image is not None:
+            needs[image] = len(_png(image)) + HEADER
+        own = _length(answer) + 2 * torch.int32.itemsize
+        full = size + own + sum(cost for name, cost in needs.items() if name not in known) > most_bytes
+        seen = 0 if image is None or image in known else image.width * image.height
+        full |= pixels + seen > MOST_SHOWN
+        if place > starts[-1] and (full or place - starts[-1] == most_answers):
+            starts.append(place)
+            size, pixels, known = 0, 0, set()
+            seen = 0 if image is None else image.width * image.height
+        pixels += seen
+        size += own + sum(cost for name, cost in needs.items() if name not in known)
+        known |= set(needs)
+    ends = [*starts[1:], len(query.answers)]
+    return [
+        RewardQuery(query.prompts[a:b], query.answers[a:b], None if query.images is None else query.images[a:b])
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def _length(said: Any) -> int:
+    """Bytes of a text, or of a prompt, in a query; a comma and a blank with it."""
+    return len(json.dumps(said, ensure_ascii=False).encode()) + 2

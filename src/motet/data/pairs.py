@@ -1,11 +1,11 @@
 """Preference pairs from files and hubs.
 
 In:  a file of JSON lines or Parquet, a folder of them, a folder saved by ``datasets``, or the name of a hub data set.
+     A row may be about one picture, see ``pictures``.
 Out: a ``PairSet``: the pairs, the rows that could not be read and why, and counts of what was dropped.
 
-Three forms of row are known: plain ``prompt``/``chosen``/``rejected`` texts and lists of messages, as in TRL, and the
-whole dialogues of HH-RLHF (Bai et al. 2022, arXiv 2204.05862). ``docs/data.md`` shows one of each. A row that cannot be
-read is set aside with its place and a reason; too many of them stop the reading.
+``forms`` says what a row may look like; ``docs/data.md`` shows one of each. A row that cannot be read is set aside with
+its place and a reason; too many of them stop the reading.
 """
 
 import gzip
@@ -14,20 +14,18 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from motet.config import write_atomically
+from motet.data.forms import RowError, pair_of
+from motet.data.pictures import COLUMNS, LONGEST, PictureError, Pictures
 from motet.errors import DataError
-from motet.records import Pair, Turn, prompt_group
+from motet.records import Pair
 
 LINES = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
 """Endings of files of JSON lines; each may have ``.gz`` after it."""
-_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,35 @@ class PairSet:
     pairs: tuple[Pair, ...]
     bad: tuple[BadRow, ...]
     duplicates: int
-    """Rows dropped since an earlier row has the same prompt, answers, choice, client and axis."""
+    """Rows dropped since an earlier row has the same prompt, picture, answers, choice, client and axis."""
     empty: int
     """Rows dropped since one of the answers is blank."""
     equal: int
     """Rows dropped since both answers are the same text."""
     source: str
 
+    @property
+    def pictured(self) -> int:
+        """Pairs that are about a picture."""
+        return sum(pair.image is not None for pair in self.pairs)
+
     def said(self) -> str:
         """What was read and what was dropped, as one sentence."""
+        about = f", {self.pictured:,} of them about pictures" if self.pictured else ""
         first = f", first {self.bad[0].place} ({self.bad[0].reason})" if self.bad else ""
         return (
-            f"{len(self.pairs):,} pairs from {self.source}; dropped {self.equal} equal, {self.empty} empty, "
+            f"{len(self.pairs):,} pairs from {self.source}{about}; dropped {self.equal} equal, {self.empty} empty, "
             f"{self.duplicates} duplicates; quarantined {len(self.bad)} bad rows{first}"
         )
 
 
-class _RowError(ValueError):
-    """Why one row cannot be read."""
-
-
 def read_pairs(
-    source: str | Path, *, split: str = "train", max_bad_share: float = 0.05, quarantine: Path | None = None
+    source: str | Path,
+    *,
+    split: str = "train",
+    max_bad_share: float = 0.05,
+    quarantine: Path | None = None,
+    image_pixels: int = LONGEST,
 ) -> PairSet:
     """The preference pairs of a file, a folder or a hub data set.
 
@@ -76,6 +81,7 @@ def read_pairs(
         split: The split of a hub data set, or of a folder that ``datasets`` saved with several.
         max_bad_share: The share of rows, 0 to 1, that may be unreadable.
         quarantine: Where to write the bad rows, as JSON lines, if there are any; also when they are too many.
+        image_pixels: Longest side of a picture; larger ones are shrunk to it.
 
     Raises:
         DataError: The source is missing, damaged or empty, or too many of its rows cannot be read.
@@ -83,30 +89,42 @@ def read_pairs(
     path = local_path(source)
     name = str(source) if path is None else path.name or str(path)
     rows = hub_rows(str(source), split) if path is None else rows_of(path, split)
-    return sift(rows, source=name, max_bad_share=max_bad_share, quarantine=quarantine)
+    home = path.parent if path is not None and path.is_file() else path
+    pictures = Pictures(home, image_pixels)
+    return sift(rows, source=name, max_bad_share=max_bad_share, quarantine=quarantine, pictures=pictures)
 
 
 def sift(
-    rows: Iterable[tuple[str, Any]], *, source: str, max_bad_share: float = 0.05, quarantine: Path | None = None
+    rows: Iterable[tuple[str, Any]],
+    *,
+    source: str,
+    max_bad_share: float = 0.05,
+    quarantine: Path | None = None,
+    pictures: Pictures | None = None,
 ) -> PairSet:
     """Turn rows into pairs, set bad rows aside, drop and count what teaches nothing. See :func:`read_pairs`.
 
     Args:
         rows: Place and row; a row that could not even be decoded comes as a ``BadRow``.
         source: What to call the source in messages.
+        pictures: Reads those of the rows; left out, a path to one counts from nowhere.
     """
+    pictures = pictures or Pictures(None)
     kept: dict[tuple[Any, ...], Pair] = {}
     bad: list[BadRow] = []
     duplicates = empty = equal = total = 0
     for place, row in rows:
         total += 1
         try:
-            pair = _pair(row)
-        except _RowError as error:
+            if isinstance(row, BadRow):
+                raise RowError(row.reason)
+            pair = pair_of(row, pictures)
+        except (RowError, PictureError) as error:
             bad.append(BadRow(place, str(error)))
             continue
         chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
-        key = (pair.prompt, pair.chosen, pair.rejected, pair.client, pair.axis)
+        shown = None if pair.image is None else pair.image.digest
+        key = (pair.prompt, shown, pair.chosen, pair.rejected, pair.client, pair.axis)
         if not chosen or not rejected:
             empty += 1
         elif chosen == rejected:
@@ -132,20 +150,6 @@ def sift(
             f"{len(bad)} are bad; each row needs two different answers"
         )
     return PairSet(tuple(kept.values()), tuple(bad), duplicates, empty, equal, source)
-
-
-def parse_hh(text: str) -> tuple[Turn, ...]:
-    """The turns of a dialogue in the form of HH-RLHF, word for word but for white space at the ends.
-
-    Empty where the text does not begin with a turn.
-
-    >>> [turn.role for turn in parse_hh("\\n\\nHuman: Hello?\\n\\nAssistant: Hello.")]
-    ['user', 'assistant']
-    """
-    before, *parts = _HH_TURN.split(text.strip())
-    if before:
-        return ()
-    return tuple(Turn(_ROLES[role], said.strip()) for role, said in zip(parts[::2], parts[1::2], strict=True))
 
 
 def local_path(source: str | Path) -> Path | None:
@@ -220,7 +224,7 @@ def hub_rows(name: str, split: str, folder: str | None = None) -> Iterator[tuple
     try:
         import datasets
 
-        table = datasets.load_dataset(name, data_dir=folder, split=split)
+        table = _as_bytes(datasets.load_dataset(name, data_dir=folder, split=split))
     except Exception as error:  # the hub raises dozens of kinds: network, login, names, formats
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -267,90 +271,20 @@ def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
         if split not in table:
             raise DataError(f"folder {str(path)!r} has no split {split!r}; it has {', '.join(table)}")
         table = table[split]
-    for number, row in enumerate(table, 1):
+    for number, row in enumerate(_as_bytes(table), 1):
         yield f"{path.name}:{number}", row
 
 
-def _pair(row: Any) -> Pair:
-    if isinstance(row, BadRow):
-        raise _RowError(row.reason)
-    if not isinstance(row, Mapping):
-        raise _RowError(f"a row must be an object with chosen and rejected, got {type(row).__name__}")
-    answers: list[Any] = [row.get("chosen"), row.get("rejected")]
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if answer is None:
-            raise _RowError(f"the field {name!r} is missing")
-    prompt = None if row.get("prompt") is None else _turns(row["prompt"], "prompt")
-    if all(isinstance(answer, str) for answer in answers):
-        texts: list[str] = answers
-        if prompt is None:
-            prompt, texts = _dialogues([parse_hh(answer) for answer in answers])
-    elif all(isinstance(answer, list) for answer in answers):
-        prompt, texts = _messages(prompt, [_turns(answers[0], "chosen"), _turns(answers[1], "rejected")])
-    else:
-        kinds = " and ".join(type(answer).__name__ for answer in answers)
-        raise _RowError(f"chosen and rejected must both be texts or both lists of messages, got {kinds}")
-    if not any(turn.content.strip() for turn in prompt):
-        raise _RowError("the prompt is empty")
-    if prompt[-1].role != "user":
-        raise _RowError(f"the prompt must end with a user turn, got {prompt[-1].role!r}")
-    client = _label(row, "client") or _label(row, "client_id")
-    axis, group = _label(row, "axis"), _label(row, "group")
-    for text in (*(turn.content for turn in prompt), *texts, client or "", axis or "", group or ""):
-        if _SURROGATE.search(text):
-            raise _RowError("a text holds half of a surrogate pair, which no file can store")
-    return Pair(prompt, texts[0], texts[1], client, axis, group or prompt_group(prompt))
+def _as_bytes(table: Any) -> Any:
+    """A table of ``datasets`` that leaves its pictures packed: a damaged one is then a bad row, and no path in it is
+    followed anywhere."""
+    import datasets
 
-
-def _dialogues(both: list[tuple[Turn, ...]]) -> tuple[tuple[Turn, ...], list[str]]:
-    """Prompt and answers of two HH dialogues. Neighbours of one role are joined: chat templates want turns."""
-    for turns in both:
-        if len(turns) < 2 or turns[-1].role != "assistant":
-            raise _RowError(
-                "there is no prompt, and the texts are not dialogues of Human and Assistant that end with an answer"
-            )
-    if both[0][:-1] != both[1][:-1]:
-        raise _RowError("the two dialogues differ before the last answer")
-    if both[0][-2].role != "user":
-        raise _RowError("the last answer does not follow a Human turn")
-    joined = groupby(both[0][:-1], key=lambda turn: turn.role)
-    prompt = tuple(Turn(role, "\n\n".join(turn.content for turn in turns)) for role, turns in joined)
-    return prompt, [turns[-1].content for turns in both]
-
-
-def _messages(prompt: tuple[Turn, ...] | None, both: list[tuple[Turn, ...]]) -> tuple[tuple[Turn, ...], list[str]]:
-    """Prompt and answers of two lists of messages, which may repeat the prompt."""
-    shared = both[0][:-1]
-    if shared != both[1][:-1]:
-        raise _RowError("the two dialogues differ before the last answer")
-    if any(turns[-1].role != "assistant" for turns in both):
-        raise _RowError("the last message of chosen and of rejected must be the assistant's")
-    if prompt is None and not shared:
-        raise _RowError("the field 'prompt' is missing")
-    if prompt is not None and shared and shared[: len(prompt)] != prompt:
-        raise _RowError("the messages of chosen do not begin with the prompt")
-    return shared or prompt or (), [turns[-1].content for turns in both]
-
-
-def _turns(value: Any, name: str) -> tuple[Turn, ...]:
-    if isinstance(value, str):
-        return (Turn("user", value),)
-    if not isinstance(value, list) or not value:
-        raise _RowError(f"{name} must be a text or a list of messages, got {type(value).__name__}")
-    turns = []
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise _RowError(f"a message of {name} must have a role and a text as content")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise _RowError(f"a role in {name} must be system, user or assistant, got {message.get('role')!r}")
-        turns.append(Turn(message["role"], message["content"]))
-    return tuple(turns)
-
-
-def _label(row: Mapping[str, Any], name: str) -> str | None:
-    value = row.get(name)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _RowError(f"{name} must be a text or a whole number, got {type(value).__name__}")
-    return str(value)
+    packed = datasets.Image(decode=False)
+    for name in COLUMNS:
+        kind = (getattr(table, "features", None) or {}).get(name)
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, packed)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            table = table.cast_column(name, datasets.List(packed))
+    return table

@@ -566,7 +566,8 @@ def _unlabelled(pair: Pair) -> Pair:
 
 def _texts(pair: Pair) -> tuple[Any, ...]:
     """What a pair and its mirror share."""
-    return (pair.prompt, *sorted((pair.chosen, pair.rejected)))
+    shown = () if pair.image is None else (pair.image.digest,)
+    return (pair.prompt, *sorted((pair.chosen, pair.rejected)), *shown)
 
 
 def _hash(*names: Any) -> int:

@@ -21,7 +21,7 @@ from motet.data.pairs import BadRow, PairSet, hub_rows, local_path, read_pairs, 
 from motet.data.partition import Deal, deal
 from motet.data.voices import voices_pairs
 from motet.errors import ConfigError, DataError
-from motet.records import Pair, Turn, prompt_group
+from motet.records import Pair, Turn, pair_group, prompt_group
 
 CRITERIA = {
     "comprehensiveness": "Comprehensiveness",
@@ -256,7 +256,7 @@ def _pairs(settings: DataSettings, quarantine: Path | None) -> Loaded:
 
 
 def _joined(pairs: Iterable[Pair]) -> dict[str, str]:
-    """One name for all groups that share a prompt: a column ``group`` may widen a group, never split a prompt."""
+    """One name for all groups that share a prompt or picture: a column ``group`` may widen a group, never split one."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -266,7 +266,7 @@ def _joined(pairs: Iterable[Pair]) -> dict[str, str]:
         return name
 
     for pair in pairs:
-        parent[root(pair.group)] = root(prompt_group(pair.prompt))
+        parent[root(pair.group)] = root(pair_group(pair.prompt, pair.image))
     return {name: root(name) for name in list(parent)}
 
 

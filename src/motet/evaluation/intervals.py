@@ -11,6 +11,7 @@ Wilson 1927, Probable inference, the law of succession, and statistical inferenc
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -49,6 +50,31 @@ def by_prompt(scores: Sequence[float], groups: Sequence[str]) -> tuple[float, fl
     """
     rate = sum(scores) / len(scores)
     return (rate, *wilson(rate, effective(groups)))
+
+
+def paired(differences: Sequence[float], groups: Sequence[str]) -> tuple[float, list[float] | None]:
+    """Mean of paired differences of any size, and its 95 % interval; none where there is one group only.
+
+    All differences of a group are one witness: the interval is Student's, over groups.
+
+    Args:
+        differences: At least one.
+        groups: Prompt, or picture, of each.
+    """
+    from scipy.stats import t
+
+    by_group: dict[str, list[float]] = {}
+    for group, difference in zip(groups, differences, strict=True):
+        by_group.setdefault(group, []).append(difference)
+    sizes = [len(some) for some in by_group.values()]
+    mean = sum(map(sum, by_group.values())) / sum(sizes)
+    if len(by_group) < 2:
+        return mean, None
+    # a ratio of sums over groups: its residuals are each group's sum less the mean for so many
+    residuals = [sum(some) - mean * len(some) for some in by_group.values()]
+    spread = statistics.pstdev(residuals) * math.sqrt(len(residuals) / (len(residuals) - 1))
+    reach = float(t.ppf(0.975, len(residuals) - 1)) * spread * math.sqrt(len(residuals)) / sum(sizes)
+    return mean, [mean - reach, mean + reach]
 
 
 def prompts_for(half_width: float, rate: float) -> int:

@@ -230,7 +230,7 @@ def open_judge(
     backbone = open_backbone(reads, cache)
     digest = hashlib.sha256(f"{backbone.fingerprint} {axis} {seed}".encode())
     for pair in pairs:
-        digest.update(f"{text_key(pair.prompt, pair.chosen, pair.rejected)}{pair.group}".encode())
+        digest.update(f"{text_key(pair.prompt, pair.chosen, pair.rejected, image=pair.image)}{pair.group}".encode())
     folder = cache / "judges" / digest.hexdigest()[:24]
     if (folder / WORDS).exists():  # it is written last
         return load_heldout(folder, backbone, cache)

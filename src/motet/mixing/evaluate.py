@@ -4,6 +4,7 @@ In:  what the run found.
 Out: plain tables for ``evaluation.json`` and ``summary.json``; example pictures as files.
 """
 
+import io
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from motet.alignment.mixture import MixtureReward
 from motet.alignment.stretches import Trained
 from motet.config import write_atomically
+from motet.data.questions import Question
 from motet.mixing.scores import METHODS, Judged, row
 from motet.mixing.server import Answered, gains, score_table
-from motet.records import Pair, generator
+from motet.records import Image, Pair, generator
 
 if TYPE_CHECKING:
     from motet.mixing.run import Ready
 
 PICTURES = "pictures"
+MOST_SHOWN = 320
+"""Pixels of the longer side of an example's picture; a larger one is shrunk."""
 
 
 def control_rows(test: Judged) -> list[dict[str, Any]]:
@@ -76,42 +80,44 @@ def _examples(
         range(len(before.questions)),
         key=lambda i: (before.answers[i] == after.answers[i], right_before[i] == right_after[i], i),
     )
+    rows: list[dict[str, Any]] = []
+    for place in in_turn(before.questions, order, ready.asked.server.examples):
+        question, answers = before.questions[place], (before.answers[place], after.answers[place])
+        fused = mixture.fused([question.prompt] * 2, list(answers), [question.image] * 2)
+        rows.append(
+            {
+                "domain": question.domain,
+                "question": question.prompt[-1].content,
+                "picture": keep_picture(question.image, out, len(rows)),
+                "answer": getattr(question.right, ready.deal.styles[question.domain], question.right.terse),
+                "before": answers[0],
+                "after": answers[1],
+                "right_before": right_before[place],
+                "right_after": right_after[place],
+                "rewards": dict(zip(mixture.router.names, fused.z[:, 1].tolist(), strict=True)),
+                "weights": dict(zip(mixture.router.names, fused.weights[:, 0].tolist(), strict=True)),
+            }
+        )
+    return rows
+
+
+def in_turn(questions: Sequence[Question], order: Sequence[int], most: int) -> list[int]:
+    """Places of at most so many questions: the first ones in this order, as many of each domain as of any other."""
     by_domain: dict[str, list[int]] = defaultdict(list)
     for place in order:
-        by_domain[before.questions[place].domain].append(place)
-    each = -(-ready.asked.server.examples // max(len(by_domain), 1))
-    rows: list[dict[str, Any]] = []
-    for places in by_domain.values():
-        for place in places[:each]:
-            question, answers = before.questions[place], (before.answers[place], after.answers[place])
-            fused = mixture.fused([question.prompt] * 2, list(answers), [question.image] * 2)
-            picture = None
-            if question.image is not None:
-                picture = f"{PICTURES}/{len(rows):03d}.png"
-                write_atomically(out / picture, _png(question.image))
-            rows.append(
-                {
-                    "domain": question.domain,
-                    "question": question.prompt[-1].content,
-                    "picture": picture,
-                    "answer": getattr(question.right, ready.deal.styles[question.domain], question.right.terse),
-                    "before": answers[0],
-                    "after": answers[1],
-                    "right_before": right_before[place],
-                    "right_after": right_after[place],
-                    "rewards": dict(zip(mixture.router.names, fused.z[:, 1].tolist(), strict=True)),
-                    "weights": dict(zip(mixture.router.names, fused.weights[:, 0].tolist(), strict=True)),
-                }
-            )
-    return rows[: ready.asked.server.examples]
+        by_domain[questions[place].domain].append(place)
+    each = -(-most // max(len(by_domain), 1))
+    return [place for places in by_domain.values() for place in places[:each]][:most]
 
 
-def _png(image: Any) -> bytes:
-    import io
-
-    held = io.BytesIO()
-    image.pil().save(held, format="PNG")
-    return held.getvalue()
+def keep_picture(image: Image | None, out: Path, number: int) -> str | None:
+    """Write an example's picture, no larger than a page shows it; its name in the run folder."""
+    if image is None:
+        return None
+    held, name = io.BytesIO(), f"{PICTURES}/{number:03d}.png"
+    Image.of(image.pil(), MOST_SHOWN).pil().save(held, format="PNG")
+    write_atomically(out / name, held.getvalue())
+    return name
 
 
 def summarise(ready: "Ready", evaluation: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -176,6 +182,6 @@ def spread_over_domains(questions: Sequence[Any], most: int, seed: int) -> list[
     by_domain: dict[str, list[Any]] = defaultdict(list)
     for question in questions:
         by_domain[question.domain].append(question)
-    each = most // max(len(by_domain), 1)
-    kept = [question for some in by_domain.values() for question in some[:each]]
+    each = max(1, most // max(len(by_domain), 1))
+    kept = [question for some in by_domain.values() for question in some[:each]][:most]
     return [kept[i] for i in torch.randperm(len(kept), generator=generator(seed, "questions")).tolist()]

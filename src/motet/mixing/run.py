@@ -56,7 +56,7 @@ from motet.mixing.server import (
 from motet.mixing.settings import MixingSettings
 from motet.records import Image, Pair
 from motet.report import write_report
-from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder, open_backbone
+from motet.selector.backbone import Backbone, BackboneSettings, find_device, find_dtype, model_folder, open_backbone
 from motet.selector.eyes import eyes
 from motet.selector.features import embed_prompts
 from motet.selector.heads import HeadReward
@@ -190,7 +190,11 @@ def _clients(
 
 def router_sight(asked: MixingSettings, base: str, cache: Path) -> See:
     """How the router looks at prompts: by the frozen base, each of them once."""
-    backbone = open_backbone(base_reading(asked, base), cache)
+    return sight_of(open_backbone(base_reading(asked, base), cache))
+
+
+def sight_of(backbone: Backbone) -> See:
+    """How a router looks at prompts by this model, each of them once."""
     known: dict[tuple[Prompt, str | None], Tensor] = {}
 
     def see(prompts: Sequence[Prompt], images: Sequence[Image | None] | None) -> Tensor:

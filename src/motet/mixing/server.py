@@ -11,8 +11,6 @@ is asked about another question's picture, shows what could have been guessed.
 import contextlib
 import hashlib
 import json
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ from motet.alignment.trainers import OpenBase, adapter_files
 from motet.config import write_atomically
 from motet.data.questions import Question, exact, in_style
 from motet.errors import ConfigError
-from motet.evaluation.intervals import by_prompt
+from motet.evaluation.intervals import by_prompt, paired
 from motet.mixing.settings import MixingSettings
 from motet.records import Image, Turn, generator
 
@@ -303,24 +301,11 @@ def gains(before: Answered, after: Answered) -> dict[str, dict[str, Any]]:
 
     Questions about one picture are one witness: the interval is Student's, over the means of pictures.
     """
-    from scipy.stats import t
-
     rows: dict[str, dict[str, Any]] = {}
     differences = [float(b) - float(a) for a, b in zip(before.right(), after.right(), strict=True)]
     for domain in dict.fromkeys(question.domain for question in before.questions):
-        by_picture: dict[str, list[float]] = {}
-        for question, difference in zip(before.questions, differences, strict=True):
-            if question.domain == domain:
-                by_picture.setdefault(question.group, []).append(difference)
-        sizes = [len(some) for some in by_picture.values()]
-        mean = sum(map(sum, by_picture.values())) / sum(sizes)
-        interval = None
-        if len(by_picture) > 1:
-            # a ratio of sums over pictures: its residuals are each picture's sum less the mean for so many questions
-            residuals = [sum(some) - mean * len(some) for some in by_picture.values()]
-            spread = statistics.pstdev(residuals) * math.sqrt(len(residuals) / (len(residuals) - 1))
-            reach = float(t.ppf(0.975, len(residuals) - 1)) * spread * math.sqrt(len(residuals)) / sum(sizes)
-            interval = [mean - reach, mean + reach]
+        own = [place for place, question in enumerate(before.questions) if question.domain == domain]
+        mean, interval = paired([differences[i] for i in own], [before.questions[i].group for i in own])
         rows[domain] = {"exact": mean, "interval": interval}
     return rows
 

@@ -11,6 +11,7 @@ from html import escape
 from itertools import chain, zip_longest
 
 from motet.report.folder import Row, number
+from motet.report.matrix import signed
 from motet.report.mixture_folder import MixtureRun, picture_of
 from motet.report.verdict import percent
 
@@ -28,8 +29,8 @@ def examples(run: MixtureRun) -> str:
     some = f"{len(shown)} of the {len(known)} examples" if len(shown) < len(known) else f"All {len(known)} examples"
     note = (
         f"{some} that the run kept, each domain in turn. Questions whose answer changed come first, so they "
-        "show how answers changed, not how often: that stands in the table above. Right is an exact answer, in either "
-        "style. Below: who had the most say about the prompt, with its weight, and which of the two answers it prefers."
+        f"show how answers changed, not how often: that stands in the table above. {_measure(known)} Below: who had "
+        "the most say about the prompt, with its weight, and which of the two answers it prefers."
     )
     return f'<p class="note">{escape(note)}</p><div class="examples">{cards}</div>'
 
@@ -45,13 +46,28 @@ def taken_in_turn(rows: Sequence[Row], most: int) -> list[Row]:
 
 def _card(run: MixtureRun, row: Row) -> str:
     question = str(row.get("question", ""))
-    answers = [("gold", row.get("answer"), None)]
+    answers = [("gold", row.get("answer"), None)] if "answer" in row else []  # over sites nobody knows it
     answers += [(when, row.get(when), row.get(f"right_{when}")) for when in ("before", "after")]
-    rows = "".join(f"<dt>{name}</dt><dd>{_marked(text, right)}</dd>" for name, text, right in answers)
+    rows = "".join(
+        f"<dt>{name}</dt><dd>{_marked(text, right)}{_rewarded(row.get(f'reward_{name}'))}</dd>"
+        for name, text, right in answers
+    )
     return (
         f'<article class="card example">{_picture(run, row)}<div><h3>{escape(str(row.get("domain", "")))}</h3>'
         f'<p class="question">{escape(question)}</p><dl>{rows}</dl>{_say(row)}</div></article>'
     )
+
+
+def _measure(rows: Sequence[Row]) -> str:
+    """What stands behind an answer."""
+    if any("answer" in row for row in rows):
+        return "Right is an exact answer, in either style."
+    return "The number is the answer's routed reward; nobody here knows a right answer."
+
+
+def _rewarded(reward: object) -> str:
+    value = number(reward)
+    return "" if value is None else f' <span class="note">{signed(value, 2)}</span>'
 
 
 def _picture(run: MixtureRun, row: Row) -> str:

@@ -5,6 +5,9 @@ Out: sentences and tiles. They are built from the figures, so they say that rout
      nothing.
 """
 
+from collections.abc import Mapping
+
+from motet.report.answers import rewarded
 from motet.report.folder import Row, number
 from motet.report.matrix import rounded, signed
 from motet.report.mixture_folder import MixtureRun, ends, share
@@ -87,6 +90,7 @@ def glance(run: MixtureRun) -> list[tuple[str, str]]:
             "exact answers, before → after",
             "–" if None in (before, after) else f"{percent(before)} → {percent(after)}",
         ),
+        ("routed reward on held-out prompts", _risen(run)),
         ("KL to the base, of its budget", "–" if kl is None else f"{figure(kl)} of {figure(budget)} nats"),
         ("bytes of scores a step", byte_size(summary.get("bytes_answer_per_step"))),
         ("the run took", _time(summary.get("seconds"))),
@@ -119,6 +123,8 @@ def second(run: MixtureRun) -> str:
 
 def _policy(run: MixtureRun) -> str:
     """Where exact answers clearly rose or fell, and how far the policy went for it."""
+    if by_reward := rewarded(run):
+        return _reward(by_reward, number(run.policy.get("kl")))
     gains = {domain: (share(row, "exact"), ends(row)) for domain, row in (run.policy.get("gain") or {}).items()}
     rose = [f"{name} ({signed(100 * g, 1)} points)" for name, (g, e) in gains.items() if g and e and e[0] > 0]
     fell = [f"{name} ({signed(100 * g, 1)} points)" for name, (g, e) in gains.items() if g and e and e[1] < 0]
@@ -129,6 +135,16 @@ def _policy(run: MixtureRun) -> str:
         return "By GRPO, exact answers change nowhere by more than chance."
     kl = number(run.policy.get("kl"))
     return f"By GRPO, exact answers {' and '.join(said)}{f', {figure(kl)} nats from the base' if kl else ''}."
+
+
+def _reward(gains: Mapping[str, Row], kl: float | None) -> str:
+    """What GRPO brought on prompts that it was not trained on, where nobody knows right answers."""
+    last = list(gains.values())[-1]
+    gain, between, far = share(last, "reward") or 0.0, ends(last), f", {figure(kl)} nats from the base" if kl else ""
+    if between is None or between[0] <= 0 <= between[1]:
+        return f"By GRPO, the routed reward of answers to held-out prompts changes by no more than chance{far}."
+    way = "rises" if gain > 0 else "falls"
+    return f"By GRPO, the routed reward of answers to held-out prompts {way} by {figure(abs(gain))}{far}."
 
 
 def _control(run: MixtureRun, accuracy: float) -> str:
@@ -145,6 +161,13 @@ def _exact(run: MixtureRun, when: str) -> float | None:
     shares = [share(row, "exact") for row in (run.policy.get(when) or {}).values()]
     known = [value for value in shares if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _risen(run: MixtureRun) -> str:
+    """Routed reward before and after, over all prompts."""
+    overall = run.policy.get("overall") or {}
+    before, after = (share(overall.get(when), "reward") for when in ("before", "after"))
+    return "–" if before is None or after is None else f"{signed(before, 2)} → {signed(after, 2)}"
 
 
 def _points(run: MixtureRun, row: Row, name: str) -> str:

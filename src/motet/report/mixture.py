@@ -8,13 +8,14 @@ Out: HTML with its styles, drawings and pictures inside. Every text out of the l
 from html import escape
 from typing import Any
 
+from motet.report.answers import reward_gains, scores
 from motet.report.examples import examples
 from motet.report.folder import Row, number
 from motet.report.fused import glance, second, verdict, what_was_run
 from motet.report.matrix import signed
-from motet.report.mixture_folder import MixtureRun, ends, share
+from motet.report.mixture_folder import MixtureRun, share
 from motet.report.page import OVER_SITES, all_settings, in_a_row, side_by_side
-from motet.report.router_table import in_percent, mixture_table, router_cells, with_ends
+from motet.report.router_table import in_percent, mixture_table, router_cells
 from motet.report.routing import before_and_after, client_rewards, load_map, looks, routers, training
 from motet.report.sheet import document, html_table, opening, section
 from motet.report.verdict import byte_size, figure, percent
@@ -42,7 +43,7 @@ def page(run: MixtureRun) -> str:
             section("Routers", _routers(run)),
             section("Routing", side_by_side(load_map(run), routers(run))),
             section("Clients", _clients(run)),
-            section("Answers, before and after", _scores(run), side_by_side(before_and_after(run))),
+            section("Answers, before and after", scores(run), side_by_side(before_and_after(run), reward_gains(run))),
             section("Examples", examples(run)),
             section("GRPO, step by step", side_by_side(*looks(run), *training(run), client_rewards(run))),
             section("Attacks", _attacks(run)),
@@ -126,44 +127,6 @@ def _clients(run: MixtureRun) -> str:
         "over all others. Models stay with their clients; what a client offers is one call that scores answers."
     )
     return f'{html_table(heads, [rows], "results clients")}<p class="note after">{escape(note)}</p>'
-
-
-def _scores(run: MixtureRun) -> str:
-    """Exact answers and answers in style by domain, with the control that sees the wrong pictures."""
-    policy = run.policy
-    before, after = policy.get("before") or {}, policy.get("after") or {}
-    blind = [policy.get(f"blind_{when}") or {} for when in ("before", "after")]
-    domains = [domain for domain in run.domains if before.get(domain) or after.get(domain)]
-    if not domains:
-        return ""
-    heads = ["", "questions", "exact, before", "exact, after", "gain, points", "in style, before", "in style, after"]
-    heads += ["exact blind, before", "exact blind, after"] if any(blind) else []
-    rows = []
-    for domain in domains:
-        pair = [side.get(domain) or {} for side in (before, after)]
-        cells = [figure(pair[0].get("questions", pair[1].get("questions")), 0)]
-        cells += [with_ends(row.get("exact"), ends(row)) for row in pair]
-        cells.append(_gain((policy.get("gain") or {}).get(domain)))
-        cells += [in_percent(row.get("in_style")) for row in pair]
-        cells += [in_percent((side.get(domain) or {}).get("exact")) for side in blind] if any(blind) else []
-        rows.append([domain, *cells])
-    note = (
-        "Held-out questions, answered by the supervised start and by the policy, in percent. Exact: the right answer, "
-        "in either style. In style: right, and in the style that the domain prefers."
-    )
-    if any(blind):
-        note += (
-            " Blind: the same questions with the pictures of the domain shuffled; a gain that stays is not of seeing."
-        )
-    return f'{html_table(heads, [rows])}<p class="note after">{escape(note)}</p>'
-
-
-def _gain(row: Row | None) -> str:
-    value, between = share(row, "exact"), ends(row)
-    if value is None:
-        return "–"
-    text = signed(100 * value, 1)
-    return text if between is None else f"{text}\n{signed(100 * between[0], 1)} to {signed(100 * between[1], 1)}"
 
 
 def _attacks(run: MixtureRun) -> str:

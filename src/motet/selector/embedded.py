@@ -4,7 +4,7 @@ In:  pairs, a backbone, the feature cache.
 Out: rows of embeddings by pair, and the scalars of each pair, chosen minus rejected.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ def embed(
         found = choice_log_odds(backbone, list(duels.values()), cache, progress)
         odds = dict(zip(duels, found.tolist(), strict=True))
     return Embedded({key: row for row, key in enumerate(items)}, said.embedding, said.log_likelihood, odds)
+
+
+def unseen(backbone: Backbone, pairs: Iterable[Pair]) -> str | None:
+    """A sentence on pictures that this model does not look at; nothing where it sees, or no pair is about one."""
+    shown = [pair.image is not None for pair in pairs]
+    if backbone.sees or not any(shown):
+        return None
+    return (
+        f"{sum(shown):,} of {len(shown):,} pairs are about pictures, which the model {backbone.name!r} cannot see; "
+        "it reads texts only, and a vision-language model as model would see them"
+    )
 
 
 def _keys(pair: Pair) -> tuple[str, str]:

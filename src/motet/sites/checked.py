@@ -16,8 +16,10 @@ from motet.errors import DataError, MotetError
 from motet.federated.host import SitePolicy, SiteStore
 from motet.messages import PROTOCOL
 from motet.selector.backbone import open_backbone
+from motet.selector.embedded import unseen
 from motet.selector.features import embeddings
-from motet.sites.holdings import QUARANTINE, Holding, read_holding
+from motet.selector.heads import items_of
+from motet.sites.holdings import QUARANTINE, Holding, check_sight, read_holding
 from motet.sites.hosted import KINDS, version
 from motet.sites.settings import Site, read_site
 
@@ -26,7 +28,7 @@ TRIED = 4
 SHOWN = 10
 """Refused rows that are shown; all of them are in the quarantine."""
 MEANS = {
-    "hello": "who it is: version, model, number of pairs",
+    "hello": "who it is: version, model, numbers of pairs",
     "setup": "whether settings and model fit",
     "update": "training on its pairs: trained numbers and its taste go out",
     "judge": "how often a trained selector is right on its held-out pairs: counts go out",
@@ -59,7 +61,9 @@ def check_site(path: Path, said: Callable[[str], None] = lambda line: None) -> d
             f"{holding.usable}; give it more, or lower least_pairs"
         )
     SiteStore(site.store)  # the folder can be written to
-    return found | _tried_model(site, holding, said) | _told_reward(site, said) | _told_policy(site.policy, said)
+    return (
+        found | _tried_model(site, holding, said) | _told_reward(site, holding, said) | _told_policy(site.policy, said)
+    )
 
 
 def _told_pairs(site: Site, holding: Holding, said: Callable[[str], None]) -> dict[str, Any]:
@@ -68,6 +72,8 @@ def _told_pairs(site: Site, holding: Holding, said: Callable[[str], None]) -> di
         f"{holding.usable} usable pairs in {pairs.source}: {len(holding.train)} to train on, "
         f"{len(holding.held_out)} held out"
     )
+    if holding.pictured:
+        said(f"{holding.pictured} of them are about a picture, {holding.usable - holding.pictured} are texts only")
     dropped = (
         (pairs.duplicates, "duplicates"),
         (pairs.empty, "with an empty answer"),
@@ -82,7 +88,7 @@ def _told_pairs(site: Site, holding: Holding, said: Callable[[str], None]) -> di
     return {
         "site": site.name, "usable": holding.usable, "train": len(holding.train), "held_out": len(holding.held_out),
         "refused": [row.__dict__ for row in pairs.bad], "duplicates": pairs.duplicates, "empty": pairs.empty,
-        "equal": pairs.equal,
+        "equal": pairs.equal, "pictured": holding.pictured,
     }  # fmt: skip
 
 
@@ -90,7 +96,8 @@ def _tried_model(site: Site, holding: Holding, said: Callable[[str], None]) -> d
     cache = site.store / "cache"
     backbone = open_backbone(site.backbone, cache)
     some = holding.train[:TRIED]
-    items = [(pair.prompt, answer) for pair in some for answer in (pair.chosen, pair.rejected)]
+    prompts, images = [pair.prompt for pair in some] * 2, [pair.image for pair in some] * 2
+    items = items_of(backbone, prompts, [p.chosen for p in some] + [p.rejected for p in some], images)
     began = time.perf_counter()
     rows = embeddings(backbone, items, None).embedding
     apiece = (time.perf_counter() - began) / max(len(items), 1)
@@ -102,11 +109,18 @@ def _tried_model(site: Site, holding: Holding, said: Callable[[str], None]) -> d
         f"{total:.0f} s, once"
     )
     said(f"its fingerprint is {backbone.fingerprint}; the coordinator's must be the same")
+    if blind := unseen(backbone, holding.found.pairs):
+        said(f"note: {blind}")
     return {"fingerprint": backbone.fingerprint, "hidden": int(rows.shape[1]), "seconds_to_embed": total}
 
 
-def _told_reward(site: Site, said: Callable[[str], None]) -> dict[str, Any]:
-    """Whether the reward model for a mixture could be opened; methods other than mor need none."""
+def _told_reward(site: Site, holding: Holding, said: Callable[[str], None]) -> dict[str, Any]:
+    """Whether the reward model for a mixture could be opened; methods other than mor need none.
+
+    Raises:
+        ConfigError: It looks at pictures only, and there are none.
+    """
+    check_sight(site, holding)
     kind, model = parse_kind(site.reward.kind)
     if kind == "selector":
         return {"reward": site.reward.kind, "reward_opens": None}
@@ -114,12 +128,14 @@ def _told_reward(site: Site, said: Callable[[str], None]) -> dict[str, Any]:
         kinds=(site.reward.kind,), client_dtype=site.backbone.dtype, client_device=site.backbone.device
     )
     try:
-        Workshop(offered, site.store / "cache").backbone(kind, model, False)
+        backbone, _ = Workshop(offered, site.store / "cache").backbone(kind, model, False)
     except MotetError as error:
         said(f"note: a mixture (mor) is out of reach, its reward model cannot be opened: {error}")
         return {"reward": site.reward.kind, "reward_opens": False}
-    said(f"for a mixture (mor) it offers a reward model of kind {kind!r}")
-    return {"reward": site.reward.kind, "reward_opens": True}
+    looks = " that looks at their pictures" if backbone.sees else ", which reads their texts only"
+    about = looks if holding.pictured else ""
+    said(f"for a mixture (mor) it offers a reward model of kind {kind!r}{about}")
+    return {"reward": site.reward.kind, "reward_opens": True, "reward_sees": backbone.sees}
 
 
 def _told_policy(policy: SitePolicy, said: Callable[[str], None]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ Put this site's preference pairs here, as files that end in .jsonl, .jsonl.gz or
 
 {"prompt": "How do I rest well?", "chosen": "Go to bed early.", "rejected": "No idea."}
 
-Prompts may be lists of messages, too; docs/data.md shows every form. Nothing in this folder ever leaves the site.
+Prompts may be lists of messages, too, and a pair may be about a picture: "image": "photos/0001.jpg", a file in this
+folder. docs/data.md shows every form. Nothing in this folder ever leaves the site.
 """
 EXAMPLE_PEOPLE = 12
 """Made-up people whose pairs ``motet site init --example`` can write: neighbours want different things, and those whose

@@ -28,8 +28,9 @@ def greet(federation: Federation, coordination: Coordination, standing: Standing
     packets = dict.fromkeys(settings.sites, hello)
     greeted = federation.ask("hello", HELLO_STEP, packets, settings.setup_seconds, needed, hello_rule())
     for site, answer in greeted.ok.items():
-        pairs, held_out = answer.meta["pairs"], answer.meta["held_out"]
-        standing.said(f"{site} is here: {pairs} pairs to train on, {held_out} to judge by")
+        pairs, held_out, pictured = (answer.meta[name] for name in ("pairs", "held_out", "pictured"))
+        about = f", {pictured} of all about pictures" if pictured else ""
+        standing.said(f"{site} is here: {pairs} pairs to train on, {held_out} to judge by{about}")
     return dict(greeted.ok)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from motet.algorithms.mor import KINDS, parse_kind
 from motet.data.pairs import PairSet, local_path, read_pairs
 from motet.data.partition import split_groups
-from motet.errors import DataError
+from motet.errors import ConfigError, DataError
 from motet.evaluation.people import HeldOut
 from motet.records import ClientData, Pair
 from motet.selector.backbone import Backbone
@@ -42,6 +43,11 @@ class Holding:
         """Pairs that can be learnt from or judged by."""
         return len(self.train) + len(self.held_out)
 
+    @property
+    def pictured(self) -> int:
+        """Those that are about a picture."""
+        return self.found.pictured
+
 
 def read_holding(site: Site) -> Holding:
     """Read every pair of a site; rows that cannot be read go to its quarantine.
@@ -55,7 +61,10 @@ def read_holding(site: Site) -> Holding:
             f"data in [site] of {site.path.name} names {str(path)!r}, where nothing is; put the site's pairs there, or "
             "name the file or folder that has them"
         )
-    found = read_pairs(local_path(path) or path, max_bad_share=site.site.max_bad_share, quarantine=_quarantine(site))
+    found = read_pairs(
+        local_path(path) or path, max_bad_share=site.site.max_bad_share, quarantine=_quarantine(site),
+        image_pixels=site.site.image_pixels,
+    )  # fmt: skip
     splits = split_groups(found.pairs, site.site.held_out_share, 0.0, SPLIT_SEED)
     parts: dict[str, list[Pair]] = {"train": [], "test": []}
     for pair in found.pairs:
@@ -65,6 +74,21 @@ def read_holding(site: Site) -> Holding:
             f"{found.source} has pairs of {len(splits)} prompt, a site needs 2 or more: some are held out to judge by"
         )
     return Holding(found, tuple(parts["train"]), tuple(parts["test"]))
+
+
+def check_sight(site: Site, holding: Holding) -> None:
+    """Whether the reward that the site offers to mixtures can learn anything from its pairs.
+
+    Raises:
+        ConfigError: It looks at pictures only, and there are none.
+    """
+    kind, _ = parse_kind(site.reward.kind)
+    if KINDS[kind].only_pictures and not holding.pictured:
+        readers = [name for name, other in KINDS.items() if not other.only_pictures and name not in ("toy", "selector")]
+        raise ConfigError(
+            f"kind in [reward] must be one that reads texts, got {kind!r}, which looks at pictures only, and none of "
+            f"this site's {holding.usable} pairs is about one; take {', '.join(readers)}"
+        )
 
 
 def _quarantine(site: Site) -> Path:

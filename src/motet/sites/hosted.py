@@ -29,9 +29,10 @@ from motet.federated.host import Handler, Refused, SiteHost, SiteStore, Visit, u
 from motet.messages import Packet
 from motet.records import Memory
 from motet.selector.backbone import Backbone, open_backbone
+from motet.selector.embedded import unseen
 from motet.selector.heads import HeadReward
 from motet.selector.whitening import Whitening
-from motet.sites.holdings import Embedded, Holding, embed_holding, read_holding
+from motet.sites.holdings import Embedded, Holding, check_sight, embed_holding, read_holding
 from motet.sites.judging import counted, written
 from motet.sites.settings import SELECTORS, Site, read_site
 from motet.sites.texts import as_tensor, as_text
@@ -118,7 +119,7 @@ class Resident:
         return self._backbone
 
     def hello(self, packet: Packet, visit: Visit) -> Packet:
-        """Who is here: version, model and number of pairs. Changes nothing."""
+        """Who is here: version, model and numbers of pairs. Changes nothing."""
         return Packet(
             {
                 "version": version(),
@@ -126,6 +127,7 @@ class Resident:
                 "kind_of_reward": self.site.reward.kind.partition(":")[0],
                 "pairs": len(self.holding.train),
                 "held_out": len(self.holding.held_out),
+                "pictured": self.holding.pictured,
                 "answers": tuple(self.site.policy.kinds),
             }
         )
@@ -210,6 +212,10 @@ class Resident:
     def _client(self, agreed: Agreed) -> Client:
         """The site's reward model; trained anew where the process is new, to the same numbers."""
         if agreed.seed not in self._clients:
+            try:
+                check_sight(self.site, self.holding)
+            except ConfigError as error:
+                raise Refused(str(error)) from None
             kind, _ = parse_kind(self.site.reward.kind)
             asked = self.site.backbone
             offered = ClientSettings(
@@ -232,6 +238,8 @@ class Resident:
         key = _name({name.name: getattr(agreed.whitening, name.name) for name in fields(Whitening)})
         key = f"{key}/{agreed.client_id}"
         if key not in self._embedded:
+            if blind := unseen(self.backbone, self.holding.found.pairs):
+                LOG.warning("%s", blind)
             choice = self.site.backbone.choice_log_odds
             own = embed_holding(self.holding, agreed.client_id, self.backbone, choice, agreed.whitening, self.cache)
             self._embedded = {key: own}

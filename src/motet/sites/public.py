@@ -35,6 +35,8 @@ class Common:
     scalars: int
     texts: int
     seconds: float
+    sees: bool
+    """Whether the model looks at pictures."""
 
 
 def read_public(asked: Coordination, quarantine: Path) -> tuple[tuple[Pair, ...], str]:
@@ -48,7 +50,7 @@ def read_public(asked: Coordination, quarantine: Path) -> tuple[tuple[Pair, ...]
         path = asked.place(public.data)
         if not path.exists():
             raise DataError(f"data in [public] of {asked.path.name} names {str(path)!r}, where nothing is")
-        found = read_pairs(local_path(path) or path, quarantine=quarantine)
+        found = read_pairs(local_path(path) or path, quarantine=quarantine, image_pixels=public.image_pixels)
         return found.pairs, found.said()
     pairs = load_recipe(DataSettings(recipe=str(public.recipe)), RECIPE_SEED).public
     return pairs, f"{len(pairs):,} public pairs of the recipe {public.recipe}"
@@ -70,5 +72,5 @@ def common_ground(asked: Settings, public: tuple[Pair, ...], cache: Path) -> Com
     whitening = fit_whitening(table.embedding[texts], scalars, asked.features.whitening, asked.features.shrinkage)
     return Common(
         whitening, backbone.fingerprint, whitening.projection.shape[1], scalars.shape[1], len(table.row_of),
-        time.perf_counter() - began,
+        time.perf_counter() - began, backbone.sees,
     )  # fmt: skip

@@ -2,125 +2,47 @@
 
 In:  a federation, settings, public pairs.
 Out: the run folder: ``config.toml``, ``deal.json``, ``scores.safetensors``, ``router.safetensors``, ``rounds.jsonl``,
-     ``policy/``, ``evaluation.json``, ``summary.json``.
+     ``policy/``, ``answers.safetensors``, ``evaluation.json``, ``summary.json``.
 
 Sites train reward models on their own pairs and keep them. What leaves the server is public prompts, and answers to
 them that its own model wrote; each batch goes to all sites in one question, with the provenance ``public``. Routing,
-fusion and training are those of the simulation, unchanged.
+fusion and training are those of the simulation, unchanged. ``asking`` asks, ``policy`` trains, ``answering`` judges.
 """
 
-import hashlib
 import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import save
 
-from motet.alignment.asked import RewardQuery, query_of
-from motet.alignment.mixture import MixtureReward, See
-from motet.alignment.opened import open_base
+from motet.alignment.mixture import MixtureReward
 from motet.alignment.router import save_router
 from motet.config import write_atomically, write_toml
 from motet.data.partition import split_groups
-from motet.data.questions import Question, Saying
-from motet.errors import DataError, MotetError, RunError
-from motet.federated.host import PUBLIC
+from motet.errors import DataError
 from motet.federated.sites import Federation
 from motet.messages import Packet
-from motet.mixing.card import mixture_card
 from motet.mixing.evaluate import control_rows
-from motet.mixing.run import router_sight
+from motet.mixing.run import base_reading, sight_of
 from motet.mixing.scores import METHODS, ROUTED, Judged, Mixed, fit_mixture, preferred, row
-from motet.mixing.server import (
-    POLICY,
-    STEPS,
-    keep_rounds,
-    traffic,
-    train_server,
-    training_identity,
-    write_adapter,
-)
+from motet.mixing.server import traffic
 from motet.mixing.settings import MixingSettings
-from motet.records import Image, Pair, Turn, tensors_from
-from motet.selector.backbone import BackboneSettings, find_device, find_dtype, model_folder
-from motet.selector.features import text_key
+from motet.records import Pair
+from motet.selector.backbone import Backbone, BackboneSettings, model_folder, open_backbone
+from motet.sites.asking import Asking, FarReward, public_scores
 from motet.sites.counting import interval
 from motet.sites.greeting import greet, numbers_in
 from motet.sites.hosted import version
+from motet.sites.policy import trained_policy
 from motet.sites.public import read_public
-from motet.sites.rules import FIRST_SCORE, FIT_STEP, SETUP_STEP, fit_rule, score_rule, setup_rule
+from motet.sites.rules import FIT_STEP, SETUP_STEP, fit_rule, setup_rule
 from motet.sites.settings import Coordination
 from motet.sites.standing import Standing
-
-SCORES = "scores.safetensors"
-MOST_ANSWERS = 512
-"""Answers in one question."""
-
-
-@dataclass(eq=False)
-class Asking:
-    """Asks sites for rewards, all that are wanted in one question."""
-
-    federation: Federation
-    coordination: Coordination
-    step: int = FIRST_SCORE
-    """Of the next question."""
-    seconds: list[float] = field(default_factory=list)
-    """That each question took."""
-
-    def together(self, queries: Mapping[str, RewardQuery]) -> Mapping[str, Tensor | MotetError]:
-        """Rewards of each site for its query, or why it gives none. See ``alignment.mixture.Together``.
-
-        Raises:
-            QuorumError: Too few sites answer; training stops, and goes on from its checkpoint.
-        """
-        began, settings = time.perf_counter(), self.coordination.federation
-        packets = {
-            site: Packet({"provenance": PUBLIC, "answers": len(query.answers)}, tensors_from(query.serialised()))
-            for site, query in queries.items()
-        }
-        rules = {site: score_rule(len(query.answers)) for site, query in queries.items()}
-        needed = min(settings.needed(len(settings.sites)), len(packets))
-        self.step += 1
-        found = self.federation.ask("score", self.step - 1, packets, settings.deadline_seconds, needed, rules)
-        self.seconds.append(time.perf_counter() - began)
-        said: dict[str, Tensor | MotetError] = {site: answer.tensors["rewards"] for site, answer in found.ok.items()}
-        return said | {site: RunError(f"{failure.why}: {failure.reason}") for site, failure in found.failed.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class FarReward:
-    """The reward model of one site."""
-
-    name: str
-    asking: Asking
-    knows_tastes: bool = False
-
-    def score(
-        self,
-        prompts: Sequence[tuple[Turn, ...]],
-        answers: Sequence[str],
-        images: Sequence[Image | None] | None = None,
-        taste: Float[Tensor, "*answers latent"] | None = None,
-    ) -> Float[Tensor, " answers"]:
-        """See :class:`RewardModel`.
-
-        Raises:
-            RunError: The site gives none.
-        """
-        said = self.asking.together({self.name: query_of(prompts, answers, images)})[self.name]
-        if isinstance(said, MotetError):
-            raise said
-        return said
 
 
 def serve_mixture(
@@ -153,17 +75,20 @@ def serve_mixture(
     write_toml(out / "config.toml", asked.tables())
     write_atomically(out / "deal.json", _json(_deal(fits, fitted, judged)))
     base = model_folder(BackboneSettings(model=asked.server.base), cache)
-    see = router_sight(asked, base, cache)
-    asking = Asking(federation, coordination)
-    standing.now("asking sites about public pairs")
-    public, test = _scored(asking, sorted(fits), fitted, judged, see, out)
+    backbone = open_backbone(base_reading(asked, base), cache)
+    see, asking = sight_of(backbone), Asking(federation, coordination)
     names = tuple(sorted(fits))
+    blind = frozenset(site for site in names if not fits[site].meta["sees"])
+    unseen = _unseen(backbone, asked, pairs, names, blind)
+    for line in unseen:
+        standing.said(line)
+    standing.now("asking sites about public pairs")
+    public, test = public_scores(asking, names, blind, fitted, judged, see, out)
     mixes = {router: fit_mixture(public, asked.router.model_copy(update={"router": router}), names, names, asked.seed)
              for router in dict.fromkeys((asked.router.router, *ROUTED.values())) if router != "oracle"}  # fmt: skip
     used = mixes[asked.router.router]
     save_router(used.router, out)  # type: ignore[arg-type]
     write_atomically(out / "calibration.safetensors", save(used.calibration.tensors()))
-    blind = frozenset(site for site, fit in fits.items() if not fit.meta["sees"])
     mixture = MixtureReward(
         {site: FarReward(site, asking) for site in names}, used.router, see, used.settings, used.calibration,
         blind=blind, together=asking.together,
@@ -172,10 +97,10 @@ def serve_mixture(
         "domains": list(dict.fromkeys(test.domains)), "styles": {}, "clients": _client_rows(fits, names, test),
         "routers": [_router_row(router, mixed, asked, test) for router, mixed in mixes.items()],
         "controls": control_rows(test), "leave_one_out": {}, "robustness": [], "policy": None, "bytes": {},
-        "warnings": _warnings(coordination, fits),
+        "warnings": [*_warnings(coordination, fits), *unseen],
     }  # fmt: skip
     if asked.server.policy_steps:
-        evaluation["policy"] = _policy(asked, mixture, base, fitted, out, standing)
+        evaluation["policy"] = trained_policy(asked, mixture, base, fitted, judged, out, standing)
     evaluation["bytes"] = traffic(out, {site: numbers_in(fits[site])["parameters"] for site in names})
     write_atomically(out / "evaluation.json", _json(evaluation))
     summary = _summary(coordination, asked, evaluation, fits, asking, standing, time.perf_counter() - began)
@@ -220,104 +145,6 @@ def _own_accuracy(fit: Packet) -> dict[str, float]:
     """How right a site's reward is on its held-out pairs, by its own count."""
     held_out, prompts = numbers_in(fit)["held_out"], numbers_in(fit)["prompts"]
     return interval(min(float(fit.meta["right"]), held_out), held_out, min(prompts, held_out))  # type: ignore[arg-type]
-
-
-def _scored(
-    asking: Asking, sites: Sequence[str], fitted: Sequence[Pair], judged: Sequence[Pair], see: See, out: Path
-) -> tuple[Judged, Judged]:
-    """What the sites say of all public answers, asked once: a run that goes on has the same router.
-
-    Raises:
-        RunError: The scores in the folder are of other pairs or sites.
-    """
-    pairs = [*fitted, *judged]
-    digest = hashlib.sha256("".join(text_key(p.prompt, p.chosen, p.rejected) for p in pairs).encode()).hexdigest()
-    kept = _kept(out / SCORES, digest)
-    if kept is None:
-        prompts, answers = [p.prompt for p in pairs] * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs]
-        parts: dict[str, list[Tensor]] = {site: [] for site in sites}
-        for start in range(0, len(answers), MOST_ANSWERS):
-            query = query_of(prompts[start : start + MOST_ANSWERS], answers[start : start + MOST_ANSWERS], None)
-            for site, said in asking.together(dict.fromkeys(parts, query)).items():
-                if isinstance(said, MotetError):
-                    del parts[site]  # whoever has not scored them all cannot be routed to
-                else:
-                    parts[site].append(said)
-        kept = {site: torch.cat(some).view(2, -1) for site, some in parts.items()}
-        write_atomically(out / SCORES, save(kept, metadata={"pairs": digest}))
-    missing = [site for site in kept if site not in sites]
-    if missing:
-        raise RunError(
-            f"the router of this run knows the sites {', '.join(sorted(kept))}, and {', '.join(missing)} does not "
-            "answer; start it, then start again, or choose another run folder"
-        )
-    rewards = torch.stack([kept[site] for site in sorted(kept)])
-    embedding = see([pair.prompt for pair in pairs], None).float()
-    cut = len(fitted)
-    return (
-        Judged(tuple(fitted), (), embedding[:cut], rewards[:, :, :cut]),
-        Judged(tuple(judged), ("content",) * len(judged), embedding[cut:], rewards[:, :, cut:]),
-    )
-
-
-def _kept(path: Path, digest: str) -> dict[str, Tensor] | None:
-    """Scores that were asked for before, if they are of these pairs."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            of = (file.metadata() or {}).get("pairs")
-        tensors = dict(load_file(path))
-    except SafetensorError:
-        return None  # asked anew
-    if of != digest:
-        raise RunError(f"{path.name} in {str(path.parent)!r} is of other public pairs; choose another run folder")
-    return tensors
-
-
-def _policy(
-    asked: MixingSettings, mixture: MixtureReward, base: str, public: Sequence[Pair], out: Path, standing: Standing
-) -> dict[str, Any]:
-    """GRPO on public prompts, the sites' mixed rewards asked for live."""
-    place = find_device(asked.server.base_device)
-    opened = open_base(base, str(place), find_dtype(asked.server.base_dtype, place))
-    questions = [question for pair in public if (question := question_of(pair)) is not None]
-    questions = list({question.prompt: question for question in questions}.values())
-    identity = training_identity(opened, mixture, asked, [[question.prompt for question in questions]])
-    keep_rounds(out)
-    standing.said(f"GRPO on {len(questions)} public prompts, rewards by {len(mixture.clients)} sites")
-    began, steps = time.perf_counter(), asked.server.policy_steps
-
-    def looked(look: Mapping[str, float]) -> None:
-        standing.said(f"a look: {look['gain']:+.3f} reward over the base, {look['kl']:.2f} nats from it")
-
-    trained = train_server(
-        opened, questions, mixture, asked, out, identity, lambda done, _: standing.now("training", done, steps), looked
-    )
-    write_atomically(out / STEPS, "".join(json.dumps(line) + "\n" for line in trained.log).encode())
-    best = next(line for line in trained.log if line["step"] == trained.step)
-    found: dict[str, Any] = {
-        "before": {}, "after": {}, "gain": {}, "kl": best["kl"], "kl_budget": asked.policy.kl_budget,
-        "kept_step": trained.step, "reward_gain": best["gain"], "curve": [dict(line) for line in trained.log],
-        "examples": [],
-    }  # fmt: skip
-    write_adapter(opened, trained.adapter, out / POLICY, mixture_card(asked, opened.name, found, trained))
-    return {**found, "seconds": time.perf_counter() - began}
-
-
-def question_of(pair: Pair) -> Question | None:
-    """A public pair as a question, for GRPO on its prompt; nothing where its two answers are the same to a reader.
-
-    The trainer looks at the prompt only; what the public pair chose stays with the router.
-    """
-    right, wrong = pair.chosen, pair.rejected
-    try:
-        explained = Saying(right, f"the answer is {right}")
-        return Question("public", pair.prompt, pair.image, explained, (Saying(wrong, wrong),), "public", pair.group)
-    except ValueError:
-        return None
 
 
 def _deal(fits: Mapping[str, Packet], fitted: Sequence[Pair], judged: Sequence[Pair]) -> dict[str, Any]:
@@ -369,6 +196,29 @@ def _warnings(coordination: Coordination, fits: Mapping[str, Packet]) -> list[st
     return said + [f"Took no part: {', '.join(absent)}."] * bool(absent)
 
 
+def _unseen(
+    backbone: Backbone, asked: MixingSettings, pairs: Sequence[Pair], names: Sequence[str], blind: Collection[str]
+) -> list[str]:
+    """What is to be said of public pictures that somebody does not look at."""
+    count, base = sum(pair.image is not None for pair in pairs), asked.server.base
+    if not count:
+        return []
+    said = []
+    if not backbone.sees:
+        said.append(
+            f"{count:,} of {len(pairs):,} public pairs are about pictures, which the server's model {base!r} "
+            "cannot see: it answers, and routes, by their texts; a vision-language model as base would see them."
+        )
+    if set(blind) == set(names):
+        said.append("No site looks at pictures; right and wrong answers can only be told apart by their words.")
+    elif blind:
+        readers = ", ".join(sorted(blind))
+        said.append(
+            f"Sent no pictures, for their rewards read texts only: {readers}. They judge prompts by their texts."
+        )
+    return said
+
+
 def _summary(
     coordination: Coordination,
     asked: MixingSettings,
@@ -390,11 +240,24 @@ def _summary(
         "own_accuracy": {line["name"]: line["own"] for line in evaluation["clients"]},
         "own_accuracy_interval": {line["name"]: line["own_interval"] for line in evaluation["clients"]},
         "kl": policy.get("kl"), "kl_budget": policy.get("kl_budget"), "reward_gain": policy.get("reward_gain"),
+        **_before_and_after(policy),
         "bytes_query_per_step": sizes["query_per_step"], "bytes_answer_per_step": sizes["answer_per_step"],
         "bytes_averaging_per_round": sizes["averaging_per_round"],
         "seconds_per_query": statistics.median(asking.seconds) if asking.seconds else None,
         "queries": len(asking.seconds), "seconds_policy": policy.get("seconds"), "seconds": seconds,
         "said": [line["said"] for line in standing.content["said"]], "warnings": evaluation["warnings"],
+    }  # fmt: skip
+
+
+def _before_and_after(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Routed reward of answers to held-out prompts, flat."""
+    if "overall" not in policy:
+        return {}
+    before, after, gain = (policy["overall"][name] for name in ("before", "after", "gain"))
+    return {
+        "reward_before": before["reward"], "reward_after": after["reward"], "reward_held_out": gain["reward"],
+        "reward_held_out_interval": gain["interval"], "answers_changed": gain["changed"],
+        "prompts_answered": before["questions"],
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def hello_rule() -> Rule:
     return Rule(
         {
             "version": NAME, "fingerprint": NAME, "kind_of_reward": NAME, "pairs": PAIRS, "held_out": PAIRS,
-            "answers": WordRule(str, longest=32, row=16),
+            "pictured": PAIRS, "answers": WordRule(str, longest=32, row=16),
         }
     )  # fmt: skip
 

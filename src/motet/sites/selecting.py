@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Server:
     public: tuple[Pair, ...]
     standing: Standing
     out: Path
+    pictured: list[str] = field(default_factory=list)
+    """Who has pairs about pictures, as far as is known."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -167,10 +169,25 @@ def _set_up(server: Server) -> dict[str, dict[str, int]]:
     """Greet all sites, then agree with each; numbers of pairs of those that did."""
     settings, needed = server.coordination.federation, server.needed(len(server.sites))
     greeted = greet(server.federation, server.coordination, server.standing)
+    pictured = [site for site, answer in greeted.items() if answer.meta["pictured"]]
+    server.pictured.extend(["the server", *pictured] if any(p.image is not None for p in server.public) else pictured)
+    if said := _unseen(server):
+        server.standing.said(said)
     server.standing.now("setting up sites")
     packets = {site: server.setup_packet(site) for site in greeted}
     agreed = server.federation.ask("setup", SETUP_STEP, packets, settings.setup_seconds, needed, setup_rule())
     return {site: numbers_in(answer) for site, answer in agreed.ok.items()}
+
+
+def _unseen(server: Server) -> str | None:
+    """What is to be said of pictures that the model does not look at."""
+    if server.common.sees or not server.pictured:
+        return None
+    return (
+        f"Some pairs of {', '.join(server.pictured)} are about pictures, which the model "
+        f"{server.asked.backbone.model!r} cannot see: it reads their texts only; a vision-language model as model in "
+        "[backbone], at the server and all sites, would see them."
+    )
 
 
 def _welcome(server: Server, held: dict[str, dict[str, int]], most: dict[str, int], round: int) -> None:
@@ -226,6 +243,8 @@ def _concluded(server: Server, algorithm: Any, state: Any, held: Mapping[str, Ma
         f"This run was a deployment: {len(held)} of {len(server.sites)} sites over the engine {settings.engine!r}. "
         "Each site counted right answers on pairs of its own; no pair, and no control that pools pairs, was seen here."
     ]
+    if unseen := _unseen(server):
+        warnings.append(unseen)
     if silent:
         warnings.append(f"Not judged, for they did not answer: {', '.join(silent)}.")
     evaluation = evaluation_of(
@@ -287,7 +306,7 @@ def _identity(server: Server) -> str:
     tables["backbone"], tables["sites"] = server.common.fingerprint, list(server.sites)
     digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode())
     for pair in server.public:
-        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected).encode())
+        digest.update(text_key(pair.prompt, pair.chosen, pair.rejected, image=pair.image).encode())
     return digest.hexdigest()
 
 

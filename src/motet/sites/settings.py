@@ -15,6 +15,7 @@ from motet.algorithms import ALGORITHMS
 from motet.algorithms.mor import ClientSettings, parse_kind
 from motet.config import Section, nearest, read_toml, settings
 from motet.data.domains import DomainSettings
+from motet.data.pictures import LONGEST
 from motet.data.recipes import DataSettings
 from motet.errors import ConfigError
 from motet.evaluation.people import EvaluationSettings
@@ -48,6 +49,8 @@ class SiteSettings(Section):
     """Share of the prompts that nobody ever trains on: the site judges by them, and sends counts."""
     max_bad_share: float = Field(0.05, ge=0, le=1)
     """Share of the rows that may be unreadable before the site refuses to start."""
+    image_pixels: int = Field(LONGEST, ge=16)
+    """Longest side of a picture, in pixels: larger ones are shrunk to it when they are read."""
     store: str = "store"
     """Folder for what the site keeps: its memory, its answers, its log, its features."""
 
@@ -135,7 +138,9 @@ class PublicSettings(Section):
     recipe: str | None = None
     """In place of data: the public part of a recipe's deal, such as ``voices``; texts without choices."""
     judged_share: float = Field(0.25, gt=0, lt=1)
-    """For a mixture: share of the public prompts that its router is judged on and not fitted to."""
+    """For a mixture: share of the public prompts that its router and its policy are judged on and not trained on."""
+    image_pixels: int = Field(LONGEST, ge=16)
+    """Longest side of a public picture, in pixels: larger ones are shrunk to it, and so travel to the sites."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "PublicSettings":

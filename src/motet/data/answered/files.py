@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from motet.data.pairs import BadRow, rows_of
+from motet.data.pictures import shrunk
 from motet.data.questions import Question, Saying
 from motet.errors import DataError
 from motet.records import Image, Turn
@@ -72,25 +73,11 @@ def picture(path: Path, pixels: int) -> Image:
 
     try:
         with Pillow.open(path) as found:
-            found.draft("RGB", (2 * pixels, 2 * pixels))  # a JPEG need not be unpacked whole to be shrunk
-            plain = _opaque(found)
-            return Image.of(plain.reduce(max(1, max(plain.size) // (2 * pixels))), pixels)
+            return shrunk(found, pixels)
     except FileNotFoundError:
         raise DataError(f"the picture {path.parent.name}/{path.name} is missing; fetch the data set again") from None
     except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: what Pillow calls a broken PNG
         raise DataError(f"{path.parent.name}/{path.name} is no whole picture ({error}); fetch it again") from None
-
-
-def _opaque(found: Any) -> Any:
-    """The picture in RGB, see-through parts laid on white, as a page shows it."""
-    if found.mode not in ("RGBA", "LA", "PA") and "transparency" not in found.info:
-        return found.convert("RGB")
-    from PIL import Image as Pillow
-
-    whole = found.convert("RGBA")
-    page = Pillow.new("RGBA", whole.size, (255, 255, 255, 255))
-    page.alpha_composite(whole)
-    return page.convert("RGB")
 
 
 def question(domain: str, text: str, image: Image, right: Saying, wrong: Iterable[Saying], kind: str) -> Question:
