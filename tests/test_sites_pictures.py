@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 from safetensors.torch import load_file, save
 
 from motet.alignment.asked import RewardQuery, parts
+from motet.config import read_toml, write_toml
 from motet.errors import ConfigError, MessageError
 from motet.messages import Packet, parse
 from motet.records import Image, Turn, tensors_from
@@ -139,6 +140,20 @@ def test_a_question_that_would_be_too_large_is_cut_to_the_same_scores(
     assert one.keys() == many.keys()
     for site in one:  # a head multiplies fewer rows at once, which is another order of sums
         torch.testing.assert_close(one[site], many[site])
+
+
+def test_a_site_is_asked_no_more_than_its_owner_lets_it_read(tmp_path: Path) -> None:
+    llama, most = write_language_model(tmp_path / "llama"), 5_000
+    sites = sites_with(tmp_path, dict.fromkeys(NAMES, "rules"))
+    settings = read_toml(sites["north"])
+    write_toml(sites["north"], {**settings, "policy": {**settings["policy"], "largest_frame": most}})
+    tapped = Tapped(carrier(sites))
+    serve(tapped, config_of(tmp_path, llama, 0), tmp_path / "out")  # type: ignore[arg-type]
+    sizes = [len(packets["north"].serialised()) for packets in tapped.asked if "north" in packets]
+    assert len(sizes) > 1
+    assert max(sizes) <= most
+    assert [set(packets) for packets in tapped.asked[1:]] == [{"north"}] * (len(sizes) - 1)
+    assert set(load_file(tmp_path / "out" / SCORES)) == set(NAMES)
 
 
 def noise(number: int) -> Image:

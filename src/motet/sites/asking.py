@@ -36,7 +36,9 @@ SCORES = "scores.safetensors"
 MOST_ANSWERS = 512
 """Answers in one question about public pairs."""
 MOST_BYTES = 32 * 1024 * 1024
-"""Texts and pictures in one question: half of what a site reads, unless its owner sets ``largest_frame``."""
+"""Texts and pictures in one question, at most: larger ones would be slow to ask again."""
+HEAD_SHARE = 0.1
+"""Of the largest question that a site reads, what is left for everything but texts and pictures."""
 
 
 @dataclass(eq=False)
@@ -49,6 +51,12 @@ class Asking:
     """Of the next question."""
     seconds: list[float] = field(default_factory=list)
     """That each question took."""
+    largest: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the largest question that a site reads, where it has said so."""
+
+    def bound(self, site: str) -> int:
+        """Bytes of texts and pictures in one question to a site."""
+        return min(MOST_BYTES, int((1 - HEAD_SHARE) * self.largest.get(site, 2 * MOST_BYTES)))
 
     def together(self, queries: Mapping[str, RewardQuery]) -> Mapping[str, Tensor | MotetError]:
         """Rewards of each site for its query, or why it gives none. See ``alignment.mixture.Together``.
@@ -56,7 +64,7 @@ class Asking:
         Raises:
             QuorumError: Too few sites answer; training stops, and goes on from its checkpoint.
         """
-        waiting = {site: parts(query, MOST_BYTES) for site, query in queries.items()}
+        waiting = {site: parts(query, self.bound(site)) for site, query in queries.items()}
         said: dict[str, list[Tensor]] = {site: [] for site in queries}
         failed: dict[str, MotetError] = {}
         while waiting:

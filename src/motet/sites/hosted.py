@@ -193,6 +193,7 @@ class Resident:
                 "pairs": len(self.holding.train), "held_out": len(self.holding.held_out),
                 "prompts": len({pair.group for pair in self.holding.held_out}), "right": right, "longer": longer,
                 "kind_of_reward": client.kind, "sees": client.sees, "parameters": client.parameters,
+                "largest_frame": self.site.policy.largest_frame,
             }
         )  # fmt: skip
 

@@ -76,8 +76,8 @@ def serve_mixture(
     write_atomically(out / "deal.json", _json(_deal(fits, fitted, judged)))
     base = model_folder(BackboneSettings(model=asked.server.base), cache)
     backbone = open_backbone(base_reading(asked, base), cache)
-    see, asking = sight_of(backbone), Asking(federation, coordination)
-    names = tuple(sorted(fits))
+    see, names = sight_of(backbone), tuple(sorted(fits))
+    asking = Asking(federation, coordination, largest={s: numbers_in(fit)["largest_frame"] for s, fit in fits.items()})
     blind = frozenset(site for site in names if not fits[site].meta["sees"])
     unseen = _unseen(backbone, asked, pairs, names, blind)
     for line in unseen:
