@@ -527,6 +527,7 @@ def test_the_packaged_model_knows_good_english(tmp_path: Path) -> None:
     torch.testing.assert_close(said(again, items[:1])[0], embedding[:1], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.medium
 def test_threads_that_open_models_leave_torch_as_it_was(tmp_path: Path) -> None:
     """Sites in one process open theirs side by side, and transformers changes torch's number type meanwhile."""
     write_model(tmp_path)

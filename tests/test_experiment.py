@@ -374,6 +374,7 @@ def test_the_published_evaluation_leaks_and_ours_does_not(tmp_path: Path) -> Non
     assert f"{summary['same_pair_accuracy']:.1%}" in warning
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_the_preset_paper_runs(toy: Path, tmp_path: Path) -> None:
     words = {"preset": "paper", "rounds": 1, "extractor": [8], "trunk": [8]}
@@ -403,6 +404,7 @@ def own_pairs(path: Path, people: int = 5, prompts: int = 30) -> Path:
     return path
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_ones_own_pairs_by_client(tmp_path: Path) -> None:
     words = {**SMALL, "data": str(own_pairs(tmp_path / "mine.jsonl")), "clients": 4, "rounds": 2, "whitening": 6}

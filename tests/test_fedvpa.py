@@ -209,6 +209,7 @@ def test_opposite_tastes_are_found_though_a_third_of_the_labels_is_wrong(many: A
     assert noisy.state.responsibilities.max(dim=1).values.mean() > 0.8
 
 
+@pytest.mark.medium
 def test_clean_labels_are_followed_further_than_noisy_ones(many: Any, slips: Any, noisy: Run) -> None:
     clean = drive(default(), many.train, 10, cohort=6)
     assert by_bayes(clean, many, many.train) > 0.9
@@ -322,6 +323,7 @@ def test_sums_where_the_reward_is_not_linear_are_one_sentence(table: dict[str, A
         FedVPASettings(fit="sums", **table)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("table", [{"head": "film"}, {"extractor": (8,)}], ids=["film", "extractor"])
 def test_groups_by_sums_serve_local_steps_too(many: Any, slips: Any, table: dict[str, Any]) -> None:
     run = drive(default(**table), slips, 3)
@@ -360,7 +362,9 @@ def test_same_seed_same_bits(people: Any, table: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "table", [QUICK, QUICK | {"prior_components": 3}, SUMS, PAPER_SMALL], ids=["steps", "merged", "sums", "paper"]
 )
-@pytest.mark.parametrize("rounds", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    "rounds", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.medium)]
+)
 def test_a_state_survives_saving_and_goes_on_with_the_same_bits(
     people: Any, table: dict[str, Any], rounds: int
 ) -> None:
@@ -476,12 +480,14 @@ def test_a_client_with_one_pair_takes_part(planted: Any) -> None:
         assert all(tensor.isfinite().all() for reply in run.replies for tensor in reply.tensors.values())
 
 
+@pytest.mark.medium
 @EVERY
 def test_a_client_that_is_alone_in_the_world_takes_part(planted: Any, table: dict[str, Any]) -> None:
     run = drive(made(table), planted(clients=1).train, 3)
     assert all(tensor.isfinite().all() for tensor in run.replies[0].tensors.values())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("head", ["bilinear", "film", "additive"])
 @pytest.mark.parametrize("kl", ["monte-carlo", "upper-bound"])
 def test_every_shape_runs_and_stays_finite(people: Any, head: str, kl: str) -> None:
@@ -544,6 +550,7 @@ def test_nobodys_own_posterior_is_hidden_in_a_merged_component(people: Any) -> N
         torch.testing.assert_close(density(algorithm, state, client, taste), wanted, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.medium
 def test_with_many_clients_the_prior_keeps_its_size(planted: Any) -> None:
     algorithm = made(QUICK, prior_components=4)
     clients = planted(clients=12, pairs=6).train
@@ -623,6 +630,7 @@ def everybody(run: Run, people: Any) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("head", "conditioning"),
     [

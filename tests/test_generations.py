@@ -256,7 +256,9 @@ def nursery(mode: str, folder: Path, times: int, seconds: float) -> dict[str, in
     return found
 
 
-@pytest.mark.parametrize("times", [200, pytest.param(3_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "times", [40, pytest.param(200, marks=pytest.mark.medium), pytest.param(3_000, marks=pytest.mark.slow)]
+)
 def test_a_writer_that_is_killed_at_random_never_leaves_an_unusable_run(tmp_path: Path, times: int) -> None:
     found = nursery("random", tmp_path, times, 60 + times / 5)
     assert found["killed"] == found["turns"] == times

@@ -127,6 +127,7 @@ def test_em_agrees_with_loops() -> None:
     assert found.evidence == pytest.approx(evidence)
 
 
+@pytest.mark.medium
 def test_no_hard_grouping_of_a_few_has_more_evidence_than_the_search() -> None:
     """Every grouping of eight people as the start of the same EM: none ends higher than what the search found."""
     people = planted((5, 3), pairs=16, hidden=6)
@@ -341,6 +342,7 @@ def settled(people: People, held: Tensor) -> tuple[float, Tensor]:
     return ridge, rewards
 
 
+@pytest.mark.medium
 def test_the_ridge_is_small_where_labels_are_clean_and_large_where_they_are_noisy() -> None:
     found = {}
     for flipped in (0.0, 0.3, 0.5):

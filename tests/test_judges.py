@@ -250,6 +250,7 @@ def test_a_held_out_judge_learns_and_says_how_well(polite: HeldOutReward) -> Non
     assert json.loads(json.dumps(about)) == about
 
 
+@pytest.mark.medium
 def test_coin_flips_teach_a_judge_nothing() -> None:
     judge = train_heldout("coin", planted_pairs(300, coin=True), ToyBackbone(), None, 0)
     accuracy, low, high = judge.accuracy
@@ -257,6 +258,7 @@ def test_coin_flips_teach_a_judge_nothing() -> None:
     assert abs(accuracy - 0.5) < 0.09  # three standard errors of 300 flips
 
 
+@pytest.mark.medium
 def test_the_accuracy_of_a_judge_is_taken_by_prompt() -> None:
     # one prompt of a hundred pairs that all tell the same, and 30 coin flips: memory of the prompt must not count
     many = planted_pairs(1)[0]

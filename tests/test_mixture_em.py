@@ -181,6 +181,7 @@ def test_the_restart_and_the_slope_with_the_most_evidence_are_kept() -> None:
     assert torch.equal(algorithm.predictor(told).rewards, algorithm.fitted(told))
 
 
+@pytest.mark.medium
 def test_noise_lowers_the_slope() -> None:
     found = []
     for flipped in (0.0, 0.3):

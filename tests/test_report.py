@@ -340,6 +340,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     assert "<figure" not in text
 
 
+@pytest.mark.medium
 def test_one_person_and_one_round_suffice(tmp_path: Path) -> None:
     text = text_of(run_folder(tmp_path / "run", axes=("helpful",), seen=1, unseen=0, rounds=1))
     assert "1 person in training · 1 round" in text
@@ -347,6 +348,7 @@ def test_one_person_and_one_round_suffice(tmp_path: Path) -> None:
     assert "never seen reach" not in text
 
 
+@pytest.mark.medium
 def test_many_people_are_drawn_as_histograms(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", axes=AXES, seen=96, unseen=24, rounds=12, accuracy=0.86)
     run = read_run(folder)

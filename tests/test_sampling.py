@@ -62,6 +62,7 @@ def adapter(base: OpenBase) -> TasteAdapter:
 # --- drawing
 
 
+@pytest.mark.medium
 def test_the_seed_and_the_name_decide_and_nothing_else_does(base: OpenBase) -> None:
     torch.manual_seed(5)
     one = sample(base, PROMPTS, SHORT, 0, "test")
@@ -109,6 +110,7 @@ def test_at_a_low_temperature_it_is_the_greedy_answer(base: OpenBase) -> None:
         assert list(answer.tokens) == theirs[0, ids.shape[1] :].tolist() == greedy(base, prompt, 8)
 
 
+@pytest.mark.medium
 def test_draws_have_the_models_probabilities(base: OpenBase) -> None:
     """Two thousand first tokens against the softmax at that temperature."""
     one = SamplingSettings(max_new_tokens=1, batch_rows=2000, sampling_temperature=0.5)
@@ -275,6 +277,7 @@ def test_an_interrupted_sampling_goes_on_to_the_same_answers(base: OpenBase, tmp
     assert told == []
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("order", [[0, 0, 1], [0, 2], [1, 2], [2, 0, 1, 1], []])
 def test_two_at_work_at_once_do_no_harm(base: OpenBase, tmp_path: Path, order: list[int]) -> None:
     """Batches that stand there twice, or not at all, never shift the answers that follow."""

@@ -84,7 +84,9 @@ def run_here(algorithm: Any, data: Sequence[ClientData], out: Path, cohort: int 
 # --- the same bits
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.medium] if name.startswith("fedvp") else []) for name in SMALL]
+)
 def test_sites_give_the_bits_of_the_local_engine(name: str, people: list[ClientData], tmp_path: Path) -> None:
     algorithm, heard, rounds = built(name), list[str](), 3 if name.startswith("fedvp") else ROUNDS
     here = run_here(algorithm, people, tmp_path / "here", rounds=rounds)
@@ -168,6 +170,7 @@ def accuracy(algorithm: Any, state: Any, context: ClientData, test: ClientData) 
     return float((chances[algorithm.predictor(state).inferences[-1]] > 0.5).float().mean())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "rounds", "seeds", "most"),
     [
