@@ -403,6 +403,7 @@ def test_an_encoder_cannot_be_asked_or_trained(encoder_folder: Path, tmp_path: P
         model_folder(BackboneSettings(model="minilm"), tmp_path)
 
 
+@pytest.mark.medium
 def test_an_encoders_fingerprint_names_what_its_numbers_depend_on(encoder_folder: Path, tmp_path: Path) -> None:
     plain = open_encoder(encoder_folder).fingerprint
     assert open_encoder(encoder_folder, token_budget=64).fingerprint == plain

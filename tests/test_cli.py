@@ -289,6 +289,7 @@ def test_choosing_prints_a_table(motet: Motet, mine: Path) -> None:
     assert "P(first)" in answer.out
 
 
+@pytest.mark.medium
 def test_a_policy_answers_and_says_at_which_taste(motet: Motet, policy: Path) -> None:
     answer = motet("say", policy, "Tea?", "--taste", "0.7*p0+0.6*group 1", "--set", "max_new_tokens=3")
     assert answer.code == 0

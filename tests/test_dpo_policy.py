@@ -251,6 +251,7 @@ LOOKS = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("looks", "best"), LOOKS)
 def test_the_best_within_the_budget_is_kept(
     base: OpenBase, start: TasteAdapter, tmp_path: Path, looks: list[tuple[float, float]], best: int
@@ -330,6 +331,7 @@ def test_a_foreign_checkpoint_is_refused_and_left_alone(base: OpenBase, start: T
     assert path.read_bytes() == kept
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("how", ["cut", "empty", "no metadata", "no best", "no words"])
 def test_a_damaged_checkpoint_is_one_clear_sentence(
     base: OpenBase, start: TasteAdapter, tmp_path: Path, how: str

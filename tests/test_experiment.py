@@ -190,6 +190,7 @@ def small(folder: Path, **words: Any) -> Settings:
     return resolve("voices", {**SMALL, "data": str(few_voices(folder)), **words})
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_to_the_same_bits_and_keeps_its_folder(toy: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", toy.parent / "cache"
@@ -314,6 +315,7 @@ def test_embeddings_stand_where_their_pairs_do(tmp_path: Path) -> None:
                 assert torch.allclose(rows.rejected[place], white(pairs[place], pairs[place].rejected), atol=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_names_of_axes_never_reach_training(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the axes' names dealt round among the people, the same bits are trained."""

@@ -152,6 +152,7 @@ def damaged(folder: Path, dice: random.Random) -> str:
     return f"{kind} at {where} of {path.name}"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("times", [600, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_no_damage_to_the_newest_makes_another_run_of_it(tmp_path: Path, times: int) -> None:
     for number in (1, 2, 3):

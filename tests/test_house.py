@@ -66,21 +66,25 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+ROOMS = {own: [name for name in NAMES if room_of(HOUSE / name) == own] for own in {room_of(path): 0 for path in FILES}}
+EACH = pytest.mark.parametrize("own", ROOMS)
+
+
 def rooms_imported(path: Path) -> set[tuple[int, str]]:
     return {(line, name.split(".")[1]) for line, name in imported(path) if name.startswith("motet.")}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_room_imports_only_from_floors_below(name: str) -> None:
-    path = HOUSE / name
-    own = room_of(path)
+@EACH
+def test_a_room_imports_only_from_floors_below(own: str) -> None:
     assert own in FLOOR, f"{own} has no floor yet; give it one in {Path(__file__).name}"
-    for line, room in rooms_imported(path):
-        if room == own or (own, room) in STAIRS:
-            continue
-        assert room in FLOOR, f"{name}:{line} imports motet.{room}, which has no floor"
-        where = "below" if FLOOR[room] < FLOOR[own] else "on the same floor" if FLOOR[room] == FLOOR[own] else "above"
-        assert where == "below", f"{name}:{line} imports {room}, which is {where}"
+    for name in ROOMS[own]:
+        for line, room in rooms_imported(HOUSE / name):
+            if room == own or (own, room) in STAIRS:
+                continue
+            assert room in FLOOR, f"{name}:{line} imports motet.{room}, which has no floor"
+            storeys = FLOOR[room] - FLOOR[own]
+            where = "below" if storeys < 0 else "on the same floor" if storeys == 0 else "above"
+            assert where == "below", f"{name}:{line} imports {room}, which is {where}"
 
 
 def test_the_floors_test_sees_imports_inside_functions(tmp_path: Path) -> None:
@@ -89,12 +93,13 @@ def test_the_floors_test_sees_imports_inside_functions(tmp_path: Path) -> None:
     assert {room for _, room in rooms_imported(file)} == {"cli", "bench"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_opens_with_its_story(name: str) -> None:
-    story = ast.get_docstring(parsed(HOUSE / name))
-    assert story, f"{name} must open with what comes in, what goes out and where it is from"
-    first = story.split("\n\n")[0]
-    assert first.rstrip()[-1] in ".:", f"the story of {name} must begin with a sentence"
+@EACH
+def test_a_file_opens_with_its_story(own: str) -> None:
+    for name in ROOMS[own]:
+        story = ast.get_docstring(parsed(HOUSE / name))
+        assert story, f"{name} must open with what comes in, what goes out and where it is from"
+        first = story.split("\n\n")[0]
+        assert first.rstrip()[-1] in ".:", f"the story of {name} must begin with a sentence"
 
 
 def test_files_are_called_by_what_is_in_them() -> None:
@@ -102,13 +107,14 @@ def test_files_are_called_by_what_is_in_them() -> None:
     assert not dull, f"{dull}: name the file after the noun somebody would search"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_executed_on_reading_and_no_device_is_fixed(name: str) -> None:
-    text = (HOUSE / name).read_text(encoding="utf-8")
-    for word in ("torch.load", "torch.save", "allow_pickle", "trust_remote_code", "yaml.load", "cuda:0"):
-        assert word not in text, f"{name} holds {word}"
-    brought = {full.split(".")[0] for _, full in imported(HOUSE / name)}
-    assert not brought & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}, name
+@EACH
+def test_nothing_is_executed_on_reading_and_no_device_is_fixed(own: str) -> None:
+    for name in ROOMS[own]:
+        text = (HOUSE / name).read_text(encoding="utf-8")
+        for word in ("torch.load", "torch.save", "allow_pickle", "trust_remote_code", "yaml.load", "cuda:0"):
+            assert word not in text, f"{name} holds {word}"
+        brought = {full.split(".")[0] for _, full in imported(HOUSE / name)}
+        assert not brought & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}, name
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("__init__.py")])
@@ -162,7 +168,7 @@ def test_markers_are_the_registered_ones() -> None:
     used = {
         (path.name, name)
         for path in Path(__file__).parent.glob("*.py")
-        for name in re.findall(r"\bmark\.(\w+)", path.read_text(encoding="utf-8"))
+        for name in re.findall(r"\bpytest\.mark\.(\w+)", path.read_text(encoding="utf-8"))
     }
     assert not {(file, name) for file, name in used if name not in known | own}
     assert {"medium", "slow", "gpu"} == known

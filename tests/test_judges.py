@@ -237,6 +237,7 @@ def polite() -> HeldOutReward:
     return train_heldout("polite", planted_pairs(120), ToyBackbone(), None, 0)
 
 
+@pytest.mark.medium
 def test_a_held_out_judge_learns_and_says_how_well(polite: HeldOutReward) -> None:
     assert isinstance(polite, Judge)
     accuracy, low, high = polite.accuracy
@@ -296,6 +297,7 @@ def test_a_held_out_judge_refuses_prompts_that_it_knows(polite: HeldOutReward) -
         compare(polite, asked(40, start=500), [["a"] * 40], [["b"] * 40], least=40, policy_trained_on=polite.trained_on)
 
 
+@pytest.mark.medium
 def test_a_group_of_ones_own_is_known_too() -> None:
     pairs = [replace(pair, group="family") if i < 2 else pair for i, pair in enumerate(planted_pairs(30))]
     judge = train_heldout("polite", pairs, ToyBackbone(), None, 0)

@@ -101,6 +101,7 @@ def test_an_absent_client_is_left_out_and_the_oracle_asks_others_where_all_are_g
         assert all(0 <= won <= 1 for won in mixed.won(dark))
 
 
+@pytest.mark.medium
 def test_leaving_a_domain_out_asks_none_of_its_clients() -> None:
     found = leave_one_out(PUBLIC, TEST, RouterSettings(router_steps=0), OWNERS, NAMES, 0)
     assert set(found) == set(DOMAINS)

@@ -417,6 +417,7 @@ def test_a_stream_only_ever_grows(base: OpenBase, policy: Policy) -> None:
         assert said != streamed(base, policy, taste, warm, seed + 100)
 
 
+@pytest.mark.medium
 def test_streams_can_be_asked_in_turn(base: OpenBase, policy: Policy) -> None:
     tastes = [mixture(policy, {"helpful": 1}), mixture(policy, {"terse": 1}), BARE]
     alone = [streamed(base, policy, taste) for taste in tastes]

@@ -78,6 +78,7 @@ def test_the_seed_and_the_name_decide_and_nothing_else_does(base: OpenBase) -> N
     assert sample(base, [], SHORT, 0) == []
 
 
+@pytest.mark.medium
 def test_batches_can_be_skipped_and_told_of(base: OpenBase) -> None:
     whole = list(sampled(base, PROMPTS, SHORT, 0, "test"))
     assert [len(rows) for rows, _ in whole] == [2, 2, 1]
@@ -217,6 +218,7 @@ def by_hand(
     return kl, sum(float(before[i, t]) for i, t in zip(places, answer.tokens, strict=True)) / len(answer.tokens)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [1, 60, 2048])
 def test_distances_equal_a_computation_by_hand(base: OpenBase, adapter: TasteAdapter, budget: int) -> None:
     tastes: Tensor = 3 * torch.randn(len(PROMPTS), LATENT, generator=generator(2))

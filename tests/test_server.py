@@ -197,6 +197,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Any) -> No
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "tail", ['{"round": 3, "coh', pytest.param("3", marks=pytest.mark.slow), '{"round": 5}\n{"round": 6}\n']
 )

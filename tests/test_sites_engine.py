@@ -117,6 +117,7 @@ def killed_after(round: int) -> Callable[[Progress[Any]], None]:
     return watch
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [pytest.param("fedvpa", marks=pytest.mark.slow), "fedbiscuit", "adding"])
 def test_a_killed_server_goes_on_to_the_same_bits_although_sites_are_ahead(
     name: str, people: list[ClientData], tmp_path: Path

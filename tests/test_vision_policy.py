@@ -332,6 +332,7 @@ def logps(base: OpenBase, prompt: Prompt, image: Image | None, tokens: Sequence[
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("together", [6, 2])
 def test_what_trl_scores_is_the_base_that_sees_the_rows_picture(
     base: OpenBase, tmp_path: Path, spied: list[dict[str, Tensor]], together: int
