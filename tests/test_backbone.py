@@ -403,6 +403,7 @@ def test_an_encoder_cannot_be_asked_or_trained(encoder_folder: Path, tmp_path: P
         model_folder(BackboneSettings(model="minilm"), tmp_path)
 
 
+@pytest.mark.medium
 def test_an_encoders_fingerprint_names_what_its_numbers_depend_on(encoder_folder: Path, tmp_path: Path) -> None:
     plain = open_encoder(encoder_folder).fingerprint
     assert open_encoder(encoder_folder, token_budget=64).fingerprint == plain
@@ -527,6 +528,7 @@ def test_the_packaged_model_knows_good_english(tmp_path: Path) -> None:
     torch.testing.assert_close(said(again, items[:1])[0], embedding[:1], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.medium
 def test_threads_that_open_models_leave_torch_as_it_was(tmp_path: Path) -> None:
     """Sites in one process open theirs side by side, and transformers changes torch's number type meanwhile."""
     write_model(tmp_path)

@@ -289,6 +289,7 @@ def test_choosing_prints_a_table(motet: Motet, mine: Path) -> None:
     assert "P(first)" in answer.out
 
 
+@pytest.mark.medium
 def test_a_policy_answers_and_says_at_which_taste(motet: Motet, policy: Path) -> None:
     answer = motet("say", policy, "Tea?", "--taste", "0.7*p0+0.6*group 1", "--set", "max_new_tokens=3")
     assert answer.code == 0
@@ -303,6 +304,7 @@ def test_a_policy_answers_and_says_at_which_taste(motet: Motet, policy: Path) ->
     assert "taste inferred from 4 choices" in said["said"][0]
 
 
+@pytest.mark.medium
 def test_an_adapter_is_exported_and_can_be_asked_and_judged(motet: Motet, policy: Path) -> None:
     answer = motet("export", policy, "--taste", "p1", "--out", "adapter")
     assert answer.code == 0
@@ -470,6 +472,7 @@ def test_a_demo_says_what_comes_next_and_shows_the_same_again(
 # --- Ctrl-C
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_says_how_to_go_on(motet: Motet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, real = tmp_path / "run", LocalEngine.ask

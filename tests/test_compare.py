@@ -255,6 +255,7 @@ def test_the_terminal_gets_two_tables_with_all_columns(done: Compared) -> None:
     assert cost.row_count == 2
 
 
+@pytest.mark.medium
 def test_one_seed_has_no_interval_and_the_page_says_so(done: Compared, tmp_path: Path) -> None:
     out = tmp_path / "one"
     out.mkdir()
@@ -296,6 +297,7 @@ def test_published_figures_stand_apart_and_are_called_reported(done: Compared) -
 # cells
 
 
+@pytest.mark.medium
 def test_a_second_call_runs_nothing_and_another_method_only_itself(done: Compared, tmp_path: Path) -> None:
     before, ears = ages(done.folder), Heard()
     again = compare("voices", done.folder, METHODS, SEEDS, done.words, cache=done.cache, onlooker=ears)
@@ -366,6 +368,7 @@ def test_equal_deals_have_one_digest_and_unequal_ones_have_not(small: dict[str, 
     assert digest(clients=7) != most
 
 
+@pytest.mark.medium
 def test_a_stopped_comparison_goes_on_to_the_same_bits(
     done: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +400,7 @@ def test_a_stopped_comparison_goes_on_to_the_same_bits(
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("file", "said"),
     [
@@ -441,6 +445,7 @@ def test_a_cell_that_fails_is_named_and_the_others_stay(
     assert not (tmp_path / "table.json").exists()
 
 
+@pytest.mark.medium
 def test_cells_of_other_code_are_told(done: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("other code" in warning for warning in done.table["warnings"])
     (tmp_path / "cells").symlink_to(done.folder / "cells")

@@ -1,6 +1,7 @@
 """The pages say what the code does: tags, names, commands, settings, and every key of a run folder, both ways."""
 
 import ast
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -241,6 +242,7 @@ def test_what_a_setting_calls_the_papers_value_is_what_the_preset_sets() -> None
 # commands
 
 
+@functools.cache
 def commands() -> Mapping[str, Any]:
     from motet.cli import app
 

@@ -112,7 +112,9 @@ def test_pairs_order_styles_or_contents(deal: DomainDeal) -> None:
     assert all(pair.chosen != pair.rejected for pair in all_pairs(deal))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.0, marks=pytest.mark.medium), 0.25, pytest.param(1.0, marks=pytest.mark.medium)]
+)
 def test_the_share_of_style_pairs_is_kept(share: float) -> None:
     deal = dealt(style_share=share, test_pairs=200)
     for domain in DRAWN:
@@ -120,6 +122,7 @@ def test_the_share_of_style_pairs_is_kept(share: float) -> None:
         assert kinds.count("style") == round(share * len(kinds)) == round(share * 40)
 
 
+@pytest.mark.medium
 def test_without_conflict_pairs_tell_right_from_wrong_in_either_style() -> None:
     deal = dealt(conflict=False, test_pairs=200)
     assert set(deal.test_kinds) == {"content"}
@@ -224,8 +227,12 @@ def test_the_real_data_is_read_and_dealt() -> None:
         assert {question.domain for question in asked} == set(READERS)
 
 
+@pytest.mark.medium
 def test_what_bases_are_taught_does_not_move_with_the_seed_of_a_run() -> None:
-    settings = DomainSettings(pairs_per_client=10, public_pairs=20, test_pairs=20, base_questions=30)
+    settings = DomainSettings(
+        clients=5, pairs_per_client=10, public_pairs=20, test_pairs=20, base_questions=30, public_questions=10,
+        test_questions=10,
+    )  # fmt: skip
     one, other = deal_domains(settings, 0), deal_domains(settings, 1)
     assert one.questions["base"] == other.questions["base"]
     assert one.test != other.test

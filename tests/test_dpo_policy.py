@@ -210,6 +210,7 @@ def test_how_often_it_is_looked_at_changes_nothing(base: OpenBase, start: TasteA
     assert not same_bits(found[0].adapter.tensors(), start.tensors())
 
 
+@pytest.mark.medium
 def test_an_interrupted_training_goes_on_to_the_same_bits(base: OpenBase, start: TasteAdapter, tmp_path: Path) -> None:
     policy = POLICY.model_copy(update={"check_every": 2, "lora_dropout": 0.3})
     start = adapter_from(start.tensors(), policy)
@@ -250,6 +251,7 @@ LOOKS = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("looks", "best"), LOOKS)
 def test_the_best_within_the_budget_is_kept(
     base: OpenBase, start: TasteAdapter, tmp_path: Path, looks: list[tuple[float, float]], best: int
@@ -296,6 +298,7 @@ def test_the_base_comes_out_as_it_went_in_and_nothing_is_sent(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.medium
 def test_nobody_outside_notices_the_seed(base: OpenBase, start: TasteAdapter, tmp_path: Path) -> None:
     def after(seed: int) -> tuple[float, ...]:
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
@@ -328,6 +331,7 @@ def test_a_foreign_checkpoint_is_refused_and_left_alone(base: OpenBase, start: T
     assert path.read_bytes() == kept
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("how", ["cut", "empty", "no metadata", "no best", "no words"])
 def test_a_damaged_checkpoint_is_one_clear_sentence(
     base: OpenBase, start: TasteAdapter, tmp_path: Path, how: str
@@ -377,6 +381,7 @@ def letters(count: int, first: int = 0) -> list[Labelled]:
     return rows
 
 
+@pytest.mark.medium
 def test_one_policy_learns_two_opposite_tastes(base: OpenBase, start: TasteAdapter, tmp_path: Path) -> None:
     settings = DPOOnTastes(steps=30, batch_pairs=4, learning_rate=1e-2, warmup_steps=3, dpo_beta=0.1)
     policy = POLICY.model_copy(update={"check_every": 30})

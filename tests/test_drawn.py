@@ -141,6 +141,7 @@ def test_shapes_are_as_the_answers_say(asked: dict[str, tuple[Question, ...]]) -
             assert colours_in(question.image)[colour] > 200
 
 
+@pytest.mark.medium
 def test_charts_are_as_the_answers_say(asked: dict[str, tuple[Question, ...]]) -> None:
     for question in of_kind(asked["charts"], "tallest", "shortest", "count", "compare"):
         found = colours_in(question.image)  # all bars of a chart are of one width

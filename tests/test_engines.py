@@ -44,7 +44,7 @@ def rounds(visitor: LocalEngine, turn: bool = False) -> tuple[Any, dict[str, Ten
     return algorithm.pack(state), kept
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.medium), 3])
 def test_the_size_of_a_batch_does_not_matter(clients: list[Any], batch: int) -> None:
     (together, kept), (apart, kept_apart) = rounds(engine(clients)), rounds(engine(clients, batch))
     assert together.keys() == apart.keys()
@@ -53,6 +53,7 @@ def test_the_size_of_a_batch_does_not_matter(clients: list[Any], batch: int) -> 
         assert torch.allclose(tensor.double(), (apart | kept_apart)[name].double(), atol=1e-5, rtol=1e-5), name
 
 
+@pytest.mark.medium
 def test_the_order_of_packets_and_of_clients_does_not_matter(clients: list[Any]) -> None:
     straight = rounds(engine(clients, 3))
     turned = rounds(engine(list(reversed(clients)), 3), turn=True)

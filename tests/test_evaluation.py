@@ -76,6 +76,7 @@ def one_axis(right: Sequence[float], groups: Sequence[str], seed: int = 0) -> An
     return accuracy(tally(("a",), [(["a"] * len(right), groups, right)]), seed)[1]
 
 
+@pytest.mark.medium
 def test_the_interval_covers_the_truth_in_about_95_of_100_cases() -> None:
     draw, covered, cases, truth = np.random.default_rng(0), 0, 150, 0.7
     for case in range(cases):

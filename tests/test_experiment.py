@@ -190,6 +190,7 @@ def small(folder: Path, **words: Any) -> Settings:
     return resolve("voices", {**SMALL, "data": str(few_voices(folder)), **words})
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_to_the_same_bits_and_keeps_its_folder(toy: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", toy.parent / "cache"
@@ -314,6 +315,7 @@ def test_embeddings_stand_where_their_pairs_do(tmp_path: Path) -> None:
                 assert torch.allclose(rows.rejected[place], white(pairs[place], pairs[place].rejected), atol=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_names_of_axes_never_reach_training(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the axes' names dealt round among the people, the same bits are trained."""
@@ -374,6 +376,7 @@ def test_the_published_evaluation_leaks_and_ours_does_not(tmp_path: Path) -> Non
     assert f"{summary['same_pair_accuracy']:.1%}" in warning
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_the_preset_paper_runs(toy: Path, tmp_path: Path) -> None:
     words = {"preset": "paper", "rounds": 1, "extractor": [8], "trunk": [8]}
@@ -403,6 +406,7 @@ def own_pairs(path: Path, people: int = 5, prompts: int = 30) -> Path:
     return path
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("undrawn")
 def test_ones_own_pairs_by_client(tmp_path: Path) -> None:
     words = {**SMALL, "data": str(own_pairs(tmp_path / "mine.jsonl")), "clients": 4, "rounds": 2, "whitening": 6}

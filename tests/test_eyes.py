@@ -109,6 +109,7 @@ def test_width_must_fit_the_heads() -> None:
 # --- the model
 
 
+@pytest.mark.medium
 @code
 def test_the_auto_classes_open_it_and_say_the_same(
     questions: Sequence[Question], random_tower: None, tmp_path: Path
@@ -129,6 +130,7 @@ def test_the_auto_classes_open_it_and_say_the_same(
     assert len(answers(other, processor, questions, most_tokens=3)) == len(questions)
 
 
+@pytest.mark.medium
 @code
 def test_a_seed_makes_the_same_model_and_its_twin_another(
     questions: Sequence[Question], random_tower: None, tmp_path: Path
@@ -143,6 +145,7 @@ def test_a_seed_makes_the_same_model_and_its_twin_another(
     assert told == [1, 2] * 4
 
 
+@pytest.mark.medium
 @code
 def test_it_is_built_once_for_the_same_questions(
     questions: Sequence[Question], random_tower: None, tmp_path: Path

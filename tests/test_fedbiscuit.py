@@ -227,6 +227,7 @@ def test_opposite_groups_are_found_and_their_vote_is_a_tie(planted: Any) -> None
     assert abs(accuracy(algorithm, state, people) - 0.5) < 0.05
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("selectors", [1, 2, 3])
 def test_what_all_agree_on_wins_the_vote(selectors: int, planted: Any) -> None:
     people = planted(clients=6, pairs=32, held_out=60, groups=1)

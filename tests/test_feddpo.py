@@ -157,6 +157,7 @@ def test_a_state_and_its_messages_survive_the_wire(model: str) -> None:
     assert (one.weight, other.weight) == (2.0, 6.0)
 
 
+@pytest.mark.medium
 def test_adapters_are_averaged_by_pairs_or_by_client(model: str) -> None:
     for aggregation, weights in (("pairs", (0.25, 0.75)), ("plain", (0.5, 0.5))):
         algorithm = made(model, aggregation=aggregation, local_steps=1)

@@ -202,6 +202,7 @@ def noisy(slips: list[ClientData]) -> Run:
     return drive(default(), slips, 10, cohort=6)
 
 
+@pytest.mark.medium
 def test_opposite_tastes_are_found_though_a_third_of_the_labels_is_wrong(many: Any, slips: Any, noisy: Run) -> None:
     assignment = noisy.algorithm.assignment(noisy.state)
     assert adjusted_rand_score(many.truth, [assignment[i] for i in range(12)]) > 0.6
@@ -209,6 +210,7 @@ def test_opposite_tastes_are_found_though_a_third_of_the_labels_is_wrong(many: A
     assert noisy.state.responsibilities.max(dim=1).values.mean() > 0.8
 
 
+@pytest.mark.medium
 def test_clean_labels_are_followed_further_than_noisy_ones(many: Any, slips: Any, noisy: Run) -> None:
     clean = drive(default(), many.train, 10, cohort=6)
     assert by_bayes(clean, many, many.train) > 0.9
@@ -216,6 +218,7 @@ def test_clean_labels_are_followed_further_than_noisy_ones(many: Any, slips: Any
     assert ridges[0] < ridges[1] / 4
 
 
+@pytest.mark.medium
 def test_from_coin_flips_the_sums_learn_nothing(planted: Any) -> None:
     people = planted(clients=10, pairs=16, held_out=300, tastes="coin")
     assert abs(by_bayes(drive(default(), people.train, 5), people, people.train) - 0.5) < 0.05
@@ -259,6 +262,7 @@ def test_bayes_weighs_prototypes_alike_or_posteriors_by_their_mass(noisy: Run) -
     torch.testing.assert_close(other.prior.log_mass.exp(), state.prior.counts / 12)
 
 
+@pytest.mark.medium
 def test_fresh_groups_are_looked_for_when_a_tenth_more_are_known(planted: Any) -> None:
     clients = planted(clients=13, pairs=8).train
     algorithm = made(SUMS)
@@ -269,6 +273,7 @@ def test_fresh_groups_are_looked_for_when_a_tenth_more_are_known(planted: Any) -
     assert searched == [10, 10, 11, 11, 13]
 
 
+@pytest.mark.medium
 def test_names_of_groups_stay_from_round_to_round(slips: Any) -> None:
     algorithm = default()
     state, seen = algorithm.start(12), []
@@ -322,6 +327,7 @@ def test_sums_where_the_reward_is_not_linear_are_one_sentence(table: dict[str, A
         FedVPASettings(fit="sums", **table)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("table", [{"head": "film"}, {"extractor": (8,)}], ids=["film", "extractor"])
 def test_groups_by_sums_serve_local_steps_too(many: Any, slips: Any, table: dict[str, Any]) -> None:
     run = drive(default(**table), slips, 3)
@@ -333,6 +339,7 @@ def test_groups_by_sums_serve_local_steps_too(many: Any, slips: Any, table: dict
 # --- the contract's promises
 
 
+@pytest.mark.medium
 @EVERY
 def test_a_step_leaves_the_old_state_alone(people: Any, table: dict[str, Any]) -> None:
     algorithm = made(table)
@@ -347,6 +354,7 @@ def test_a_step_leaves_the_old_state_alone(people: Any, table: dict[str, Any]) -
     assert not same_bits(snapshot(algorithm, after), before)
 
 
+@pytest.mark.medium
 @EVERY
 def test_same_seed_same_bits(people: Any, table: dict[str, Any]) -> None:
     first = drive(made(table), people.train, 2, cohort=5)
@@ -357,10 +365,13 @@ def test_same_seed_same_bits(people: Any, table: dict[str, Any]) -> None:
     assert not same_bits(first.algorithm.pack(first.state), other.algorithm.pack(other.state))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "table", [QUICK, QUICK | {"prior_components": 3}, SUMS, PAPER_SMALL], ids=["steps", "merged", "sums", "paper"]
 )
-@pytest.mark.parametrize("rounds", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    "rounds", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.medium)]
+)
 def test_a_state_survives_saving_and_goes_on_with_the_same_bits(
     people: Any, table: dict[str, Any], rounds: int
 ) -> None:
@@ -378,6 +389,7 @@ def test_a_state_survives_saving_and_goes_on_with_the_same_bits(
     assert same_bits(algorithm.pack(ahead), algorithm.pack(again))
 
 
+@pytest.mark.medium
 @EVERY
 def test_a_batch_of_k_equals_k_batches_of_one(planted: Any, table: dict[str, Any]) -> None:
     sizes = (24, 5, 12, 2, 30)
@@ -413,6 +425,7 @@ def test_a_broadcast_and_a_reply_survive_the_wire(people: Any, table: dict[str, 
     assert same_bits(load(first.serialised()), dict(first.tensors))
 
 
+@pytest.mark.medium
 @EVERY
 def test_a_reply_does_not_grow_with_the_pairs(planted: Any, table: dict[str, Any]) -> None:
     few, many = (planted(clients=1, pairs=n).train for n in (2, 80))
@@ -470,18 +483,21 @@ def test_the_sums_of_a_client_are_what_they_are_called(people: Any) -> None:
     torch.testing.assert_close(sent["curvature"], (chances - chances.square()).sum(dim=0))
 
 
+@pytest.mark.medium
 def test_a_client_with_one_pair_takes_part(planted: Any) -> None:
     for table in (QUICK, QUICK | {"pooling": "mean"}, SUMS, PAPER_SMALL):
         run = drive(made(table), planted(clients=3, pairs=1).train, 2)
         assert all(tensor.isfinite().all() for reply in run.replies for tensor in reply.tensors.values())
 
 
+@pytest.mark.medium
 @EVERY
 def test_a_client_that_is_alone_in_the_world_takes_part(planted: Any, table: dict[str, Any]) -> None:
     run = drive(made(table), planted(clients=1).train, 3)
     assert all(tensor.isfinite().all() for tensor in run.replies[0].tensors.values())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("head", ["bilinear", "film", "additive"])
 @pytest.mark.parametrize("kl", ["monte-carlo", "upper-bound"])
 def test_every_shape_runs_and_stays_finite(people: Any, head: str, kl: str) -> None:
@@ -544,6 +560,7 @@ def test_nobodys_own_posterior_is_hidden_in_a_merged_component(people: Any) -> N
         torch.testing.assert_close(density(algorithm, state, client, taste), wanted, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.medium
 def test_with_many_clients_the_prior_keeps_its_size(planted: Any) -> None:
     algorithm = made(QUICK, prior_components=4)
     clients = planted(clients=12, pairs=6).train
@@ -623,6 +640,7 @@ def everybody(run: Run, people: Any) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("head", "conditioning"),
     [

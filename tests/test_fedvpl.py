@@ -105,6 +105,7 @@ def test_it_starts_where_fedvpa_starts() -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.medium
 def test_from_coin_flips_nothing_is_learnt(planted: Any) -> None:
     people = planted(clients=10, pairs=16, held_out=300, tastes="coin")
     run = drive(people.train, 5)

@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 # What stands before Flower is installed
 
 
+@pytest.mark.medium
 def test_only_the_flower_room_imports_flower() -> None:
     for path in sorted(HOUSE.rglob("*.py")):
         if path.is_relative_to(HOUSE / "engines" / "flower"):

@@ -152,6 +152,7 @@ def damaged(folder: Path, dice: random.Random) -> str:
     return f"{kind} at {where} of {path.name}"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("times", [600, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_no_damage_to_the_newest_makes_another_run_of_it(tmp_path: Path, times: int) -> None:
     for number in (1, 2, 3):
@@ -256,7 +257,9 @@ def nursery(mode: str, folder: Path, times: int, seconds: float) -> dict[str, in
     return found
 
 
-@pytest.mark.parametrize("times", [200, pytest.param(3_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "times", [40, pytest.param(200, marks=pytest.mark.medium), pytest.param(3_000, marks=pytest.mark.slow)]
+)
 def test_a_writer_that_is_killed_at_random_never_leaves_an_unusable_run(tmp_path: Path, times: int) -> None:
     found = nursery("random", tmp_path, times, 60 + times / 5)
     assert found["killed"] == found["turns"] == times

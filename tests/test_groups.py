@@ -127,6 +127,7 @@ def test_em_agrees_with_loops() -> None:
     assert found.evidence == pytest.approx(evidence)
 
 
+@pytest.mark.medium
 def test_no_hard_grouping_of_a_few_has_more_evidence_than_the_search() -> None:
     """Every grouping of eight people as the start of the same EM: none ends higher than what the search found."""
     people = planted((5, 3), pairs=16, hidden=6)
@@ -232,6 +233,7 @@ def test_names_go_by_direction_not_by_size() -> None:
     assert torch.equal(same_names(held.flip(1), moments, rewards), held)
 
 
+@pytest.mark.medium
 def test_fewer_than_ten_people_count_as_one_group() -> None:
     people = planted((5, 4), pairs=96, hidden=12, opposite=True, flipped=0.0)
     assert count_groups(people.moments, people.counts, people.variance) == (1, [0.0])
@@ -239,6 +241,7 @@ def test_fewer_than_ten_people_count_as_one_group() -> None:
     assert len(count_groups(people.moments, people.counts, people.variance)[1]) == 6
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("groups", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_clear_groups_are_counted(groups: int) -> None:
     people = planted((12,) * groups, pairs=48, hidden=12, flipped=0.05)
@@ -265,6 +268,7 @@ def objective(pairs: list[Tensor], rewards: Tensor, shares: Tensor, ridge: float
     return float((shares * likelihood).sum() - ridge / 2 * rewards.square().sum())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bend", [anywhere, there])
 def test_steps_with_fresh_parabolas_climb_to_the_ridge_logistic_optimum(bend: Bend) -> None:
     people, ridge = planted((4, 3), pairs=30, hidden=5), 4.0
@@ -299,6 +303,7 @@ def test_a_step_with_bends_that_nothing_exceeds_never_overshoots_from_anywhere()
             assert objective(pairs, after, shares, ridge) >= objective(pairs, rewards, shares, ridge) - 1e-9
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bend", [anywhere, there])
 @pytest.mark.parametrize("cohort", [1, 3])
 def test_what_is_remembered_may_be_old(bend: Bend, cohort: int) -> None:
@@ -341,6 +346,7 @@ def settled(people: People, held: Tensor) -> tuple[float, Tensor]:
     return ridge, rewards
 
 
+@pytest.mark.medium
 def test_the_ridge_is_small_where_labels_are_clean_and_large_where_they_are_noisy() -> None:
     found = {}
     for flipped in (0.0, 0.3, 0.5):

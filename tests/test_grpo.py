@@ -147,6 +147,7 @@ def padded(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
 # --- every answer at its taste
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("together", [6, 3, 2])
 def test_what_trl_scores_is_the_folded_adapter_of_each_rows_taste(
     base: OpenBase, tmp_path: Path, spied: list[dict[str, Tensor]], together: int
@@ -306,6 +307,7 @@ def test_opposite_tastes_learn_opposite_things_in_one_policy(base: OpenBase, tmp
     assert end.step == 30
 
 
+@pytest.mark.medium
 def test_a_reward_that_knows_no_taste_rises(base: OpenBase, tmp_path: Path) -> None:
     reward = CallableReward("early", lambda prompts, answers: [early(text) for text in answers])
     start = start_policy(base, POLICY, NO_TASTES, generator(0))
@@ -318,6 +320,7 @@ def test_a_reward_that_knows_no_taste_rises(base: OpenBase, tmp_path: Path) -> N
 # --- the same bits
 
 
+@pytest.mark.medium
 def test_an_interrupted_training_goes_on_to_the_same_bits(base: OpenBase, tmp_path: Path) -> None:
     settings = FEW.model_copy(update={"grpo_steps": 4})
     start = moved(base)
@@ -340,6 +343,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(base: OpenBase, tmp_pa
     assert [path.name for path in cut.iterdir()] == ["checkpoint.safetensors"]
 
 
+@pytest.mark.medium
 def test_dropout_is_named_by_the_step_too(base: OpenBase, tmp_path: Path) -> None:
     wet = POLICY.model_copy(update={"lora_dropout": 0.3})
     start = start_policy(base, wet, TASTES, generator(0))
@@ -347,6 +351,7 @@ def test_dropout_is_named_by_the_step_too(base: OpenBase, tmp_path: Path) -> Non
     assert one.log == other.log
 
 
+@pytest.mark.medium
 def test_a_checkpoint_of_another_training_is_refused(base: OpenBase, tmp_path: Path) -> None:
     trained(base, moved(base), tmp_path)
     with pytest.raises(RunError, match="is of another training"):
@@ -356,6 +361,7 @@ def test_a_checkpoint_of_another_training_is_refused(base: OpenBase, tmp_path: P
 # --- the best, and none that is too far
 
 
+@pytest.mark.medium
 def test_the_best_within_the_budget_is_kept(base: OpenBase, tmp_path: Path) -> None:
     looks = iter([Look(0.0, 0.0), Look(2.0, 5.0), Look(3.0, 50.0), Look(1.0, 5.0)])
     settings = FEW.model_copy(update={"grpo_steps": 6})

@@ -157,6 +157,7 @@ def test_rules_do_not_choose_between_letters() -> None:
         RuleBackbone().choices([(ASKED, "a", "b")])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["vlm", "picture"])
 def test_clients_with_eyes_see(kind: str, tmp_path: Path) -> None:
     """Another picture is another score: the head of a model with eyes is shown what the answer is about."""

@@ -1,10 +1,14 @@
 """Laws of the house: floors, stories, names, and what an import may bring along."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,9 +50,14 @@ def room_of(path: Path) -> str:
     return path.relative_to(HOUSE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,21 +66,25 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+ROOMS = {own: [name for name in NAMES if room_of(HOUSE / name) == own] for own in {room_of(path): 0 for path in FILES}}
+EACH = pytest.mark.parametrize("own", ROOMS)
+
+
 def rooms_imported(path: Path) -> set[tuple[int, str]]:
     return {(line, name.split(".")[1]) for line, name in imported(path) if name.startswith("motet.")}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_room_imports_only_from_floors_below(name: str) -> None:
-    path = HOUSE / name
-    own = room_of(path)
+@EACH
+def test_a_room_imports_only_from_floors_below(own: str) -> None:
     assert own in FLOOR, f"{own} has no floor yet; give it one in {Path(__file__).name}"
-    for line, room in rooms_imported(path):
-        if room == own or (own, room) in STAIRS:
-            continue
-        assert room in FLOOR, f"{name}:{line} imports motet.{room}, which has no floor"
-        where = "below" if FLOOR[room] < FLOOR[own] else "on the same floor" if FLOOR[room] == FLOOR[own] else "above"
-        assert where == "below", f"{name}:{line} imports {room}, which is {where}"
+    for name in ROOMS[own]:
+        for line, room in rooms_imported(HOUSE / name):
+            if room == own or (own, room) in STAIRS:
+                continue
+            assert room in FLOOR, f"{name}:{line} imports motet.{room}, which has no floor"
+            storeys = FLOOR[room] - FLOOR[own]
+            where = "below" if storeys < 0 else "on the same floor" if storeys == 0 else "above"
+            assert where == "below", f"{name}:{line} imports {room}, which is {where}"
 
 
 def test_the_floors_test_sees_imports_inside_functions(tmp_path: Path) -> None:
@@ -80,12 +93,13 @@ def test_the_floors_test_sees_imports_inside_functions(tmp_path: Path) -> None:
     assert {room for _, room in rooms_imported(file)} == {"cli", "bench"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_opens_with_its_story(name: str) -> None:
-    story = ast.get_docstring(ast.parse((HOUSE / name).read_text(encoding="utf-8")))
-    assert story, f"{name} must open with what comes in, what goes out and where it is from"
-    first = story.split("\n\n")[0]
-    assert first.rstrip()[-1] in ".:", f"the story of {name} must begin with a sentence"
+@EACH
+def test_a_file_opens_with_its_story(own: str) -> None:
+    for name in ROOMS[own]:
+        story = ast.get_docstring(parsed(HOUSE / name))
+        assert story, f"{name} must open with what comes in, what goes out and where it is from"
+        first = story.split("\n\n")[0]
+        assert first.rstrip()[-1] in ".:", f"the story of {name} must begin with a sentence"
 
 
 def test_files_are_called_by_what_is_in_them() -> None:
@@ -93,13 +107,14 @@ def test_files_are_called_by_what_is_in_them() -> None:
     assert not dull, f"{dull}: name the file after the noun somebody would search"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_executed_on_reading_and_no_device_is_fixed(name: str) -> None:
-    text = (HOUSE / name).read_text(encoding="utf-8")
-    for word in ("torch.load", "torch.save", "allow_pickle", "trust_remote_code", "yaml.load", "cuda:0"):
-        assert word not in text, f"{name} holds {word}"
-    brought = {full.split(".")[0] for _, full in imported(HOUSE / name)}
-    assert not brought & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}, name
+@EACH
+def test_nothing_is_executed_on_reading_and_no_device_is_fixed(own: str) -> None:
+    for name in ROOMS[own]:
+        text = (HOUSE / name).read_text(encoding="utf-8")
+        for word in ("torch.load", "torch.save", "allow_pickle", "trust_remote_code", "yaml.load", "cuda:0"):
+            assert word not in text, f"{name} holds {word}"
+        brought = {full.split(".")[0] for _, full in imported(HOUSE / name)}
+        assert not brought & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}, name
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("__init__.py")])
@@ -128,3 +143,60 @@ def test_the_command_line_starts_light_and_offline() -> None:
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == "", f"import motet.cli brings {found.stdout.strip()}"
+
+
+# --- tiers of tests
+
+ROOT = HOUSE.parent.parent
+TIERS = {
+    "test": "not medium and not slow and not gpu",
+    "test-medium": "medium and not slow and not gpu",
+    "test-all": "not gpu",
+}
+"""What each target of the Makefile selects: every test is in one of them, but for those that want an accelerator."""
+
+
+def pytest_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = settings["tool"]["pytest"]["ini_options"]
+    return found
+
+
+def test_markers_are_the_registered_ones() -> None:
+    known = {line.partition(":")[0] for line in pytest_settings()["markers"]}
+    own = {"parametrize", "skipif", "skip", "usefixtures", "filterwarnings", "xfail"}
+    used = {
+        (path.name, name)
+        for path in Path(__file__).parent.glob("*.py")
+        for name in re.findall(r"\bpytest\.mark\.(\w+)", path.read_text(encoding="utf-8"))
+    }
+    assert not {(file, name) for file, name in used if name not in known | own}
+    assert {"medium", "slow", "gpu"} == known
+
+
+def test_make_selects_the_tiers_and_ci_passes_them_in_turn() -> None:
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"-m '{TIERS['test']}'" in pytest_settings()["addopts"]
+    for target, selection in TIERS.items():
+        (recipe,) = re.findall(rf"^{target}: install\n((?:\t.*\n)+)", make, re.M)
+        *_, last = recipe.splitlines()
+        assert "-m pytest" in last, "the last line is pytest's own"
+        assert re.findall(r"-m '([^']*)'", last) == ([] if target == "test" else [selection])
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "set -euo pipefail" in lines
+    assert [line for line in lines if line.startswith("make")] == ["make test", "make test-medium", "make test-sites"]
+
+
+def test_annotations_are_checked_with_shapes_and_without() -> None:
+    import torch
+
+    from motet.latent.prior import mixture_log_density
+    from motet.records import Turn, prompt_group
+
+    assert prompt_group((Turn("user", "why"),))
+    with pytest.raises(Exception, match=r"prompt_group.* violates type hint"):
+        prompt_group(3)  # type: ignore[arg-type]
+    rows = torch.zeros(2, 4)
+    assert mixture_log_density(rows, rows, rows, torch.zeros(2)).shape == (2,)
+    with pytest.raises(Exception, match=r"(?s)Type-check error.*log_weights"):
+        mixture_log_density(rows, rows, rows, torch.zeros(3))

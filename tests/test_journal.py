@@ -123,11 +123,12 @@ WRITER = """
 """
 
 
-def test_a_writer_that_is_killed_at_random_loses_nothing_it_had_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [15, pytest.param(100, marks=pytest.mark.medium)])
+def test_a_writer_that_is_killed_at_random_loses_nothing_it_had_written(times: int, tmp_path: Path) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path / JOURNAL), "100"],
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path / JOURNAL), str(times)],
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) > 100
+    assert int(ended.stdout) > times

@@ -237,6 +237,7 @@ def polite() -> HeldOutReward:
     return train_heldout("polite", planted_pairs(120), ToyBackbone(), None, 0)
 
 
+@pytest.mark.medium
 def test_a_held_out_judge_learns_and_says_how_well(polite: HeldOutReward) -> None:
     assert isinstance(polite, Judge)
     accuracy, low, high = polite.accuracy
@@ -250,6 +251,7 @@ def test_a_held_out_judge_learns_and_says_how_well(polite: HeldOutReward) -> Non
     assert json.loads(json.dumps(about)) == about
 
 
+@pytest.mark.medium
 def test_coin_flips_teach_a_judge_nothing() -> None:
     judge = train_heldout("coin", planted_pairs(300, coin=True), ToyBackbone(), None, 0)
     accuracy, low, high = judge.accuracy
@@ -257,6 +259,7 @@ def test_coin_flips_teach_a_judge_nothing() -> None:
     assert abs(accuracy - 0.5) < 0.09  # three standard errors of 300 flips
 
 
+@pytest.mark.medium
 def test_the_accuracy_of_a_judge_is_taken_by_prompt() -> None:
     # one prompt of a hundred pairs that all tell the same, and 30 coin flips: memory of the prompt must not count
     many = planted_pairs(1)[0]
@@ -294,6 +297,7 @@ def test_a_held_out_judge_refuses_prompts_that_it_knows(polite: HeldOutReward) -
         compare(polite, asked(40, start=500), [["a"] * 40], [["b"] * 40], least=40, policy_trained_on=polite.trained_on)
 
 
+@pytest.mark.medium
 def test_a_group_of_ones_own_is_known_too() -> None:
     pairs = [replace(pair, group="family") if i < 2 else pair for i, pair in enumerate(planted_pairs(30))]
     judge = train_heldout("polite", pairs, ToyBackbone(), None, 0)

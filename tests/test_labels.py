@@ -154,6 +154,7 @@ def test_mixtures_are_convex_and_drawn_by_the_seed() -> None:
     assert len({tuple(taste) for taste in tastes}) == len(tastes), "each prompt has mixtures of its own"
 
 
+@pytest.mark.medium
 def test_mixtures_are_uniform_over_convex_combinations() -> None:
     """The mean of a flat Dirichlet is even; its shares' variance is (M - 1) / (M² (M + 1))."""
     prompts: list[Prompt] = [(Turn("user", str(i)),) for i in range(600)]

@@ -79,6 +79,7 @@ def test_loads_are_shares_of_the_clients() -> None:
         assert load == pytest.approx([0.5 if own == domain else 0.0 for own in OWNERS])
 
 
+@pytest.mark.medium
 def test_one_client_a_hundred_times_as_loud_changes_no_pair() -> None:
     mixed = fit_mixture(PUBLIC, RouterSettings(router_steps=0), OWNERS, NAMES, 0)
     loud = TEST.rewards.double().clone()
@@ -100,6 +101,7 @@ def test_an_absent_client_is_left_out_and_the_oracle_asks_others_where_all_are_g
         assert all(0 <= won <= 1 for won in mixed.won(dark))
 
 
+@pytest.mark.medium
 def test_leaving_a_domain_out_asks_none_of_its_clients() -> None:
     found = leave_one_out(PUBLIC, TEST, RouterSettings(router_steps=0), OWNERS, NAMES, 0)
     assert set(found) == set(DOMAINS)
@@ -107,6 +109,7 @@ def test_leaving_a_domain_out_asks_none_of_its_clients() -> None:
         assert line["accuracy"] < 0.5 < line["accuracy_with"], domain
 
 
+@pytest.mark.medium
 def test_attacks_are_tried_with_one_two_and_three_and_the_robust_setting_keeps_most() -> None:
     flipped = {k: (PUBLIC.rewards[k].flip(0), TEST.rewards[k].flip(0)) for k in range(6)}
     rows = robustness(PUBLIC, TEST, flipped, RouterSettings(router_steps=0), OWNERS, NAMES, 0, 1)
@@ -153,12 +156,17 @@ def test_a_wrong_setting_is_one_sentence(recipe: str, words: dict[str, Any], sai
         resolve_mixing(recipe, words)
 
 
+@pytest.mark.medium
 def test_of_a_scarce_domain_the_server_is_taught_little() -> None:
-    asked = resolve_mixing("mor-demo", {"base_questions": 200, "taught_questions": 200, "scarce_questions": 7})
+    few = {
+        "clients": 5, "pairs_per_client": 5, "public_pairs": 10, "test_pairs": 10, "public_questions": 5,
+        "test_questions": 5, "base_questions": 200, "taught_questions": 200,
+    }  # fmt: skip
+    asked = resolve_mixing("mor-demo", {**few, "scarce_questions": 7})
     deal = deal_domains(asked.domains, 0)
     taught = Counter(question.domain for question in _taught(asked, deal))
     assert taught == {"detail": 40, "scans": 40, "tables": 40, "charts": 40, "shapes": 7}
-    nothing = resolve_mixing("mor-demo", {"base_questions": 200, "taught_questions": 200, "scarce_questions": 0})
+    nothing = resolve_mixing("mor-demo", {**few, "scarce_questions": 0})
     assert "shapes" not in {question.domain for question in _taught(nothing, deal)}
     assert not resolve_mixing("mor", {"data": "somewhere"}).server.scarce_domains, "of real data there is little anyway"
 
@@ -246,6 +254,7 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return out, run_mixing(asked, out, out.parent / "cache", methods=(*ROUTED, "fedavg-reward"))
 
 
+@pytest.mark.medium
 def test_a_run_leaves_everything_that_later_questions_need(done: tuple[Path, dict[str, Any]]) -> None:
     out, summary = done
     for name in (
@@ -282,6 +291,7 @@ def test_a_run_leaves_everything_that_later_questions_need(done: tuple[Path, dic
     assert summary["bytes_averaging_per_round"] > 0
 
 
+@pytest.mark.medium
 def test_a_run_is_not_overwritten_and_not_resumed_under_other_settings(
     done: tuple[Path, dict[str, Any]], tiny: Path
 ) -> None:
@@ -296,6 +306,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_under_other_settings(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.medium
 def test_the_same_run_gives_the_same_figures_and_goes_on_to_the_same_bits(
     done: tuple[Path, dict[str, Any]], tiny: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +328,15 @@ def test_the_same_run_gives_the_same_figures_and_goes_on_to_the_same_bits(
     assert again["accuracy"] == summary["accuracy"]
     for name in ("policy/adapter_model.safetensors", "router.safetensors", "steps.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_without_steps_clients_are_routed_and_no_policy_is_trained(tiny: Path, tmp_path: Path) -> None:
+    bare = {"base": str(tiny), "policy_steps": 0, "attacks": False, "leave_out": False}
+    summary = run_mixing(resolve_mixing("mor-demo", {**SMALL, **bare}), tmp_path / "run", tmp_path / "cache")
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert summary["accuracy_mean"] == evaluation["routers"][0]["accuracy_mean"]
+    assert evaluation["policy"] is None
+    assert not (tmp_path / "run" / "policy").exists()
 
 
 def test_an_unknown_method_is_said(tiny: Path, tmp_path: Path) -> None:

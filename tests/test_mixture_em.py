@@ -87,6 +87,7 @@ def test_it_finds_the_tastes_that_were_planted_though_labels_are_noisy(groups: i
         assert accuracy(algorithm, state, context, test) > (0.8 if flipped < 0.3 else 0.7)
 
 
+@pytest.mark.medium
 def test_a_small_group_is_not_drowned() -> None:
     truth = planted(2)
     clients = [person(i, 16, truth[int(i % 8 == 0)], 0.1) for i in range(48)]
@@ -181,6 +182,7 @@ def test_the_restart_and_the_slope_with_the_most_evidence_are_kept() -> None:
     assert torch.equal(algorithm.predictor(told).rewards, algorithm.fitted(told))
 
 
+@pytest.mark.medium
 def test_noise_lowers_the_slope() -> None:
     found = []
     for flipped in (0.0, 0.3):

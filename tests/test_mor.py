@@ -55,6 +55,7 @@ def right(client: Client, deal: DomainDeal, domain: str, kind: str = "style") ->
     return float((rewards[0] > rewards[1]).double().mean())
 
 
+@pytest.mark.medium
 def test_a_client_learns_its_own_domains_style_and_so_the_others_wrong_one(deal: DomainDeal, tmp_path: Path) -> None:
     shapes, charts = trained(deal, ["rules", "rules"], tmp_path)
     assert right(shapes, deal, "shapes") == right(charts, deal, "charts") == 1.0

@@ -403,6 +403,7 @@ def test_the_base_within_a_policy_is_the_bare_base(base: OpenBase, policy: Polic
     assert tell(base, policy, BARE) != tell(base, policy, mixture(policy, {"helpful": 1}))
 
 
+@pytest.mark.medium
 def test_a_stream_only_ever_grows(base: OpenBase, policy: Policy) -> None:
     warm, taste = (
         SamplingSettings(max_new_tokens=24, sampling_temperature=1.0, top_p=0.95),
@@ -416,6 +417,7 @@ def test_a_stream_only_ever_grows(base: OpenBase, policy: Policy) -> None:
         assert said != streamed(base, policy, taste, warm, seed + 100)
 
 
+@pytest.mark.medium
 def test_streams_can_be_asked_in_turn(base: OpenBase, policy: Policy) -> None:
     tastes = [mixture(policy, {"helpful": 1}), mixture(policy, {"terse": 1}), BARE]
     alone = [streamed(base, policy, taste) for taste in tastes]

@@ -48,6 +48,7 @@ def test_each_is_a_question_of_6_to_25_words_that_everybody_can_read() -> None:
         assert row["prompt"].isascii(), row["prompt"]
 
 
+@pytest.mark.medium
 def test_no_two_are_alike_and_none_is_like_one_of_the_voices() -> None:
     own = [row["prompt"] for row in ROWS]
     words = [words_of(text) for text in own]

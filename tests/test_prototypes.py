@@ -128,6 +128,7 @@ def test_free_sizes_give_each_its_cheapest(kind: str) -> None:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("balance", [0.2, pytest.param(0.5, marks=SLOW), pytest.param(0.8, marks=SLOW), 0.95])
 @pytest.mark.parametrize("kind", KINDS)
 def test_between_free_and_equal_the_sum_is_least_within_bounds(balance: float, kind: str) -> None:

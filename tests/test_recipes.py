@@ -93,6 +93,7 @@ def test_hh_goes_by_shares_where_the_user_sets_one(tmp_path: Path) -> None:
     assert len({one.group for one in dealt.public}) == 20
 
 
+@pytest.mark.medium
 def test_hh_mixed_people_hold_both_axes(tmp_path: Path) -> None:
     dealt = load_recipe(DataSettings(recipe="hh-mixed", data=str(hh_folder(tmp_path, 700)), dirichlet_alpha=50.0), 0)
     assert all({one.axis for one in person.train} == {"helpful", "harmless"} for person in dealt.people)

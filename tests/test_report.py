@@ -301,6 +301,7 @@ def test_figures_follow_the_page_in_colour_and_have_ids_of_their_own(finished: P
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', body)) <= set(ids)
 
 
+@pytest.mark.medium
 def test_every_text_of_the_logs_is_escaped(tmp_path: Path) -> None:
     axes = ("<b>Hilfe</b> & $x$", "渡辺")
     folder = run_folder(tmp_path / "run", axes=axes, names=HOSTILE, rounds=3, recipe="<i>r</i>", said=["<u>s</u>"])
@@ -319,6 +320,7 @@ def test_every_text_of_the_logs_is_escaped(tmp_path: Path) -> None:
     assert "\x00" not in text
 
 
+@pytest.mark.medium
 def test_an_unfinished_run_says_what_is_left_out(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", finished=False, rounds=10)
     with (folder / "rounds.jsonl").open("a") as file:
@@ -340,6 +342,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     assert "<figure" not in text
 
 
+@pytest.mark.medium
 def test_one_person_and_one_round_suffice(tmp_path: Path) -> None:
     text = text_of(run_folder(tmp_path / "run", axes=("helpful",), seen=1, unseen=0, rounds=1))
     assert "1 person in training · 1 round" in text
@@ -347,6 +350,7 @@ def test_one_person_and_one_round_suffice(tmp_path: Path) -> None:
     assert "never seen reach" not in text
 
 
+@pytest.mark.medium
 def test_many_people_are_drawn_as_histograms(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", axes=AXES, seen=96, unseen=24, rounds=12, accuracy=0.86)
     run = read_run(folder)

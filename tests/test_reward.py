@@ -148,6 +148,7 @@ def test_linear_scores_differ_by_the_mean_margin_or_by_the_weighted_one() -> Non
     torch.testing.assert_close(even.score(PROMPTS, TEXTS), linear("none").score(PROMPTS, TEXTS))
 
 
+@pytest.mark.medium
 def test_a_vote_of_two_answers_is_the_share_of_the_votes() -> None:
     reward = linear("vote", rewards=5)
     for a in TEXTS:
@@ -252,6 +253,7 @@ def test_a_run_of_fedvpa_scores_as_it_predicts(tmp_path_factory: pytest.TempPath
 SLOW_METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in ("fedvpl", "shared", "mixture-em")]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["fedbiscuit", *SLOW_METHODS])
 def test_a_run_of_the_other_methods_is_a_reward(folder: Path, method: str) -> None:
     from motet.person import predict

@@ -89,6 +89,7 @@ def made(public: World, **settings: Any) -> Any:
 # --- who is right about what
 
 
+@pytest.mark.medium
 def test_the_learned_router_is_near_the_oracle_and_above_everybody_else(
     learned: LearnedRouter, public: World, test_pairs: World
 ) -> None:

@@ -62,6 +62,7 @@ def adapter(base: OpenBase) -> TasteAdapter:
 # --- drawing
 
 
+@pytest.mark.medium
 def test_the_seed_and_the_name_decide_and_nothing_else_does(base: OpenBase) -> None:
     torch.manual_seed(5)
     one = sample(base, PROMPTS, SHORT, 0, "test")
@@ -77,6 +78,7 @@ def test_the_seed_and_the_name_decide_and_nothing_else_does(base: OpenBase) -> N
     assert sample(base, [], SHORT, 0) == []
 
 
+@pytest.mark.medium
 def test_batches_can_be_skipped_and_told_of(base: OpenBase) -> None:
     whole = list(sampled(base, PROMPTS, SHORT, 0, "test"))
     assert [len(rows) for rows, _ in whole] == [2, 2, 1]
@@ -109,6 +111,7 @@ def test_at_a_low_temperature_it_is_the_greedy_answer(base: OpenBase) -> None:
         assert list(answer.tokens) == theirs[0, ids.shape[1] :].tolist() == greedy(base, prompt, 8)
 
 
+@pytest.mark.medium
 def test_draws_have_the_models_probabilities(base: OpenBase) -> None:
     """Two thousand first tokens against the softmax at that temperature."""
     one = SamplingSettings(max_new_tokens=1, batch_rows=2000, sampling_temperature=0.5)
@@ -215,6 +218,7 @@ def by_hand(
     return kl, sum(float(before[i, t]) for i, t in zip(places, answer.tokens, strict=True)) / len(answer.tokens)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [1, 60, 2048])
 def test_distances_equal_a_computation_by_hand(base: OpenBase, adapter: TasteAdapter, budget: int) -> None:
     tastes: Tensor = 3 * torch.randn(len(PROMPTS), LATENT, generator=generator(2))
@@ -275,6 +279,7 @@ def test_an_interrupted_sampling_goes_on_to_the_same_answers(base: OpenBase, tmp
     assert told == []
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("order", [[0, 0, 1], [0, 2], [1, 2], [2, 0, 1, 1], []])
 def test_two_at_work_at_once_do_no_harm(base: OpenBase, tmp_path: Path, order: list[int]) -> None:
     """Batches that stand there twice, or not at all, never shift the answers that follow."""

@@ -154,6 +154,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
 def test_the_loss_of_a_client_has_the_right_gradients(shape: dict[str, Any]) -> None:
     s = settings(**{"extractor": (), "trunk": (5,), "kl_weight": 0.3, "anchor_weight": 0.5} | shape)

@@ -163,6 +163,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, whole: 
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
+@pytest.mark.medium
 def test_a_run_may_be_stopped_twice(tmp_path: Path, whole: Any) -> None:
     with pytest.raises(Interrupted):
         go(tmp_path, engine=Stopping(3, after=True))
@@ -196,6 +197,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, whole: Any) -> No
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "tail", ['{"round": 3, "coh', pytest.param("3", marks=pytest.mark.slow), '{"round": 5}\n{"round": 6}\n']
 )
@@ -206,6 +208,7 @@ def test_lines_after_the_checkpoint_are_cut_off_whole_or_not(tmp_path: Path, who
     assert (bits(go(tmp_path, resume=True)), log(tmp_path)) == whole
 
 
+@pytest.mark.medium
 def test_rounds_can_be_added(tmp_path: Path, whole: Any) -> None:
     go(tmp_path, rounds=3, every=10)
     assert checkpointed(tmp_path) == 3
@@ -245,6 +248,7 @@ def damage_newest(folder: Path, damage: str, name: str = STATE) -> None:
         path.write_bytes({"cut": content[:-100], "empty": b"", "garbage": b"\xff" * 500}[damage])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "folder", "gone"])
 @pytest.mark.parametrize("name", [STATE, MANIFEST])
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, name: str) -> None:
@@ -257,6 +261,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, name: str)
     assert str(error.value).endswith(")); start anew in another folder")
 
 
+@pytest.mark.medium
 def test_the_checkpoint_before_a_damaged_one_is_gone_on_from_and_that_is_said(
     tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,6 +273,7 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from_and_that_is_said(
     ]
 
 
+@pytest.mark.medium
 def test_a_run_that_begins_anew_leaves_no_old_end_behind(tmp_path: Path, whole: Any) -> None:
     go(tmp_path)
     with pytest.raises(Interrupted):

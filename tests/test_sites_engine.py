@@ -84,7 +84,9 @@ def run_here(algorithm: Any, data: Sequence[ClientData], out: Path, cohort: int 
 # --- the same bits
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.medium] if name.startswith("fedvp") else []) for name in SMALL]
+)
 def test_sites_give_the_bits_of_the_local_engine(name: str, people: list[ClientData], tmp_path: Path) -> None:
     algorithm, heard, rounds = built(name), list[str](), 3 if name.startswith("fedvp") else ROUNDS
     here = run_here(algorithm, people, tmp_path / "here", rounds=rounds)
@@ -115,6 +117,7 @@ def killed_after(round: int) -> Callable[[Progress[Any]], None]:
     return watch
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [pytest.param("fedvpa", marks=pytest.mark.slow), "fedbiscuit", "adding"])
 def test_a_killed_server_goes_on_to_the_same_bits_although_sites_are_ahead(
     name: str, people: list[ClientData], tmp_path: Path
@@ -181,6 +184,7 @@ def turned(people: Sequence[ClientData], share: float, seed: int) -> list[Client
     return found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "rounds", "seeds", "most"),
     [

@@ -67,6 +67,7 @@ class Counting(Broken):
         return self.inner.carry(kind, step, frames, deadline)
 
 
+@pytest.mark.medium
 def test_a_mixture_over_sites_leaves_an_ordinary_folder(llama: Path, tmp_path: Path) -> None:
     counting = Counting(carrier(toy_sites(tmp_path)))
     # an even router asks everybody about everything; a learnt one leaves out whom it gives no weight
@@ -109,6 +110,7 @@ def test_a_mixture_over_sites_leaves_an_ordinary_folder(llama: Path, tmp_path: P
     assert Counter(kind for kind, _ in counting.asked) == {"hello": 1, "setup": 1, "fit": 1, "score": len(scores)}
 
 
+@pytest.mark.medium
 def test_a_mixture_that_is_cut_off_goes_on_to_the_same_bits(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +174,7 @@ def test_without_steps_rewards_are_routed_and_no_policy_is_trained(llama: Path, 
     assert not (tmp_path / "out" / "policy").exists()
 
 
+@pytest.mark.medium
 def test_a_site_without_a_vote_is_left_out_and_too_few_stop_the_run(llama: Path, tmp_path: Path) -> None:
     sites, config = toy_sites(tmp_path), config_of(tmp_path, llama, 0)
 

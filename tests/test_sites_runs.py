@@ -1,9 +1,11 @@
 """Runs over three sites in this process, through real frames: whole folders, equal bits, and what sites refuse."""
 
+import functools
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,16 +33,41 @@ from toy_run import read
 from toy_sites import NAMES, RUN, carrier, coordination, rounds_of, toy_sites
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache, one ridge; and no report but where a test asks for it: its curves take longer than such a run."""
     from functools import partial
 
     from motet.evaluation.controls import linear_reward
 
-    monkeypatch.setenv("MOTET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("motet.sites.judging.linear_reward", partial(linear_reward, ridges=(100.0,)))
-    monkeypatch.setattr("motet.sites.serving.write_report", lambda folder: folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOTET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr("motet.sites.judging.linear_reward", partial(linear_reward, ridges=(100.0,)))
+        patch.setattr("motet.sites.serving.write_report", lambda folder: folder)
+        yield
+
+
+class Served(NamedTuple):
+    """A finished run and what it was made of. Look, do not touch."""
+
+    sites: Mapping[str, Path]
+    config: Path
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def served(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
+    """A run of a method that nobody disturbed, made once for all tests of this file."""
+
+    @functools.cache
+    def made(method: str) -> Served:
+        folder = tmp_path_factory.mktemp(method)
+        own = {"algorithm": {}} if method == "mixture-em" else {}
+        found = Served(toy_sites(folder), coordination(folder, method, **own), folder / "out")
+        serve(carrier(found.sites), found.config, found.out)
+        return found
+
+    return made
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
@@ -71,49 +98,51 @@ class Broken:
         return self.inner.carry(kind, step, frames, deadline)
 
 
-@pytest.mark.parametrize("method", ["fedvpa", "fedbiscuit", "fedvpl", "shared", "mixture-em"])
-def test_a_run_leaves_an_ordinary_folder(method: str, tmp_path: Path) -> None:
-    sites = toy_sites(tmp_path)
-    own = {"algorithm": {}} if method == "mixture-em" else {}
-    serve(carrier(sites), coordination(tmp_path, method, **own), tmp_path / "out")
-    summary, evaluation = read(tmp_path / "out", "summary.json"), read(tmp_path / "out", "evaluation.json")
+LONGER = [pytest.param(name, marks=pytest.mark.medium) for name in ("fedvpl", "shared", "mixture-em")]
+
+
+@pytest.mark.parametrize("method", ["fedvpa", "fedbiscuit", *LONGER])
+def test_a_run_leaves_an_ordinary_folder(method: str, served: Callable[[str], Served]) -> None:
+    out = served(method).out
+    summary, evaluation = read(out, "summary.json"), read(out, "evaluation.json")
     assert summary["method"] == method
     assert summary["engine"] == "local"
     assert set(summary["accuracy"]) == set(NAMES)
     assert all(low <= summary["accuracy"][site] <= high for site, (low, high) in summary["accuracy_interval"].items())
-    assert [row["round"] for row in rounds_of(tmp_path / "out")] == [1, 2, 3]
-    assert set(rounds_of(tmp_path / "out")[1]["accuracy"]) == set(NAMES)
+    assert [row["round"] for row in rounds_of(out)] == [1, 2, 3]
+    assert set(rounds_of(out)[1]["accuracy"]) == set(NAMES)
     assert [row["method"] for row in evaluation["table"] if row["kind"] == "control"] == [
         "each site alone, linear", "the longer answer"
     ]  # fmt: skip
-    assert summary_table(tmp_path / "out").row_count == len(evaluation["table"])
-    assert read_standing(tmp_path / "out")["state"] == "finished"
+    assert summary_table(out).row_count == len(evaluation["table"])
+    assert read_standing(out)["state"] == "finished"
 
 
-def test_the_report_says_that_it_was_a_deployment(tmp_path: Path) -> None:
+@pytest.mark.medium
+def test_the_report_says_that_it_was_a_deployment(served: Callable[[str], Served], tmp_path: Path) -> None:
     from motet.report import write_report
 
     for method in ("fedvpa", "fedbiscuit"):
-        serve(carrier(toy_sites(tmp_path / method)), coordination(tmp_path / method, method), tmp_path / method / "out")
-        text = write_report(tmp_path / method / "out").read_text(encoding="utf-8")
+        text = write_report(shutil.copytree(served(method).out, tmp_path / method)).read_text(encoding="utf-8")
         assert "This run was a deployment: 3 of 3 sites" in text
         assert "each site alone, linear" in text
 
 
-def test_the_selector_of_a_deployment_is_as_usable_as_any(tmp_path: Path) -> None:
+def test_the_selector_of_a_deployment_is_as_usable_as_any(served: Callable[[str], Served]) -> None:
     from motet.experiment import resolve
 
-    serve(carrier(toy_sites(tmp_path)), coordination(tmp_path, "fedvpa"), tmp_path / "out")
-    selector, _, fingerprint = load_selector(tmp_path / "out")
+    out = served("fedvpa").out
+    selector, _, fingerprint = load_selector(out)
     assert fingerprint == "toy-1-48"
     assert selector.prototypes.shape[1] == 32
-    assert resolve(config=tmp_path / "out" / "config.toml").method == "fedvpa"
+    assert resolve(config=out / "config.toml").method == "fedvpa"
 
 
-@pytest.mark.parametrize("method", ["fedvpa", "fedbiscuit"])
-def test_sites_and_the_local_engine_come_to_the_same_bits(method: str, tmp_path: Path) -> None:
-    sites, config = toy_sites(tmp_path), coordination(tmp_path, method)
-    serve(carrier(sites), config, tmp_path / "out")
+@pytest.mark.parametrize("method", [pytest.param("fedvpa", marks=pytest.mark.medium), "fedbiscuit"])
+def test_sites_and_the_local_engine_come_to_the_same_bits(
+    method: str, served: Callable[[str], Served], tmp_path: Path
+) -> None:
+    sites, config, out = served(method)
     asked = read_coordination(config).asked
     common = common_ground(asked, read_public(read_coordination(config), tmp_path / "q")[0], tmp_path / "cache")  # type: ignore[arg-type]
     backbone = open_backbone(asked.backbone, tmp_path / "cache")  # type: ignore[union-attr]
@@ -125,26 +154,33 @@ def test_sites_and_the_local_engine_come_to_the_same_bits(method: str, tmp_path:
     engine = LocalEngine(built, clients, batch_clients=1)
     (tmp_path / "local").mkdir()
     run_rounds(built, engine, asked.run, asked.seed, tmp_path / "local", "local")  # type: ignore[union-attr]
-    assert_same_state(tmp_path / "out", tmp_path / "local")
+    assert_same_state(out, tmp_path / "local")
 
 
 @pytest.mark.parametrize(
     ("method", "at"),
-    [("fedvpa", ("update", 16)), ("fedbiscuit", ("update", 16)), ("shared", ("judge", 32)), ("shared", ("setup", 1))],
+    [
+        pytest.param("fedvpa", ("update", 16), marks=pytest.mark.medium),
+        ("fedbiscuit", ("update", 16)),
+        pytest.param("shared", ("judge", 32), marks=pytest.mark.medium),
+        pytest.param("shared", ("setup", 1), marks=pytest.mark.medium),
+    ],
 )
-def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(method: str, at: tuple[str, int], tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    serve(carrier(toy_sites(whole)), coordination(whole, method), whole / "out")
+def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(
+    method: str, at: tuple[str, int], served: Callable[[str], Served], tmp_path: Path
+) -> None:
+    whole, cut = served(method).out, tmp_path / "cut"
     sites, config = toy_sites(cut), coordination(cut, method)
     with pytest.raises(RuntimeError, match="goes down"):
         serve(Broken(carrier(sites), *at), config, cut / "out")
     assert read_standing(cut / "out")["state"] == "stopped"
     serve(carrier(sites), config, cut / "out")  # the sites are opened anew, too: all they know is on their disks
-    assert_same_state(whole / "out", cut / "out")
-    assert rounds_of(whole / "out") == rounds_of(cut / "out")
-    assert read(whole / "out", "evaluation.json") == read(cut / "out", "evaluation.json")
+    assert_same_state(whole, cut / "out")
+    assert rounds_of(whole) == rounds_of(cut / "out")
+    assert read(whole, "evaluation.json") == read(cut / "out", "evaluation.json")
 
 
+@pytest.mark.medium
 def test_a_finished_run_started_again_says_the_same(tmp_path: Path) -> None:
     sites, config = toy_sites(tmp_path), coordination(tmp_path, "fedbiscuit")
     serve(carrier(sites), config, tmp_path / "out")
@@ -153,6 +189,7 @@ def test_a_finished_run_started_again_says_the_same(tmp_path: Path) -> None:
     assert read(tmp_path / "out", "evaluation.json") == before
 
 
+@pytest.mark.medium
 def test_other_settings_do_not_go_on_with_a_run(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     serve(carrier(sites), coordination(tmp_path, "fedbiscuit"), tmp_path / "out")
@@ -161,6 +198,7 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path: Path) -> None:
         serve(carrier(sites), config, tmp_path / "out")
 
 
+@pytest.mark.medium
 def test_who_asks_to_stop_gets_a_run_that_goes_on(tmp_path: Path) -> None:
     sites, config = toy_sites(tmp_path), coordination(tmp_path, "fedbiscuit")
 
@@ -270,6 +308,7 @@ def test_unknown_settings_of_an_algorithm_are_refused(tmp_path: Path) -> None:
     assert "unknown setting 'locl_steps' in [algorithm]; did you mean 'local_steps'" in str(answer.meta["reason"])
 
 
+@pytest.mark.medium
 def test_no_text_of_a_pair_leaves_a_site(tmp_path: Path) -> None:
     sites, sent = toy_sites(tmp_path), list[bytes]()
     inner = carrier(sites)
@@ -286,6 +325,7 @@ def test_no_text_of_a_pair_leaves_a_site(tmp_path: Path) -> None:
     assert not any(word in frame for frame in sent for word in words)
 
 
+@pytest.mark.medium
 def test_a_site_that_comes_late_takes_part_from_then_on(tmp_path: Path) -> None:
     sites, config = toy_sites(tmp_path), coordination(tmp_path, "shared", run={**RUN["run"], "rounds": 4})
     inner = carrier(sites)

@@ -207,6 +207,7 @@ def test_starting_a_site_wants_its_own_kit(motet: Motet, tmp_path: Path) -> None
     assert "--kit must be the folder that the coordinator gave to this site" in answer.err
 
 
+@pytest.mark.medium
 def test_from_nothing_to_a_finished_rehearsal(motet: Motet, tmp_path: Path) -> None:
     for person, name in enumerate(NAMES):
         made = motet("site", "init", name, "--example", person, "--model", "toy")

@@ -151,6 +151,7 @@ def test_numbers_are_read_from_a_list() -> None:
             parse_numbers(text, "--pairs", whole=whole)
 
 
+@pytest.mark.medium
 def test_the_command_sweeps_and_runs_nothing_twice(
     swept: Swept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -321,6 +321,7 @@ def test_nobody_outside_notices_the_seed(base: OpenBase, adapter: dict[str, Tens
     assert one[0] != other[0]
 
 
+@pytest.mark.medium
 def test_the_seed_decides_order_and_dropout_and_nothing_else_does(base: OpenBase, adapter: dict[str, Tensor]) -> None:
     def trained(seed: int, **changes: Any) -> dict[str, Tensor]:
         settings = ONE_STEP.model_copy(update={"local_steps": 2, "batch_pairs": 1, **changes})

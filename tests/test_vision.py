@@ -187,7 +187,7 @@ def test_a_scaled_head_is_asked_as_a_whole(opened: Opener) -> None:
 # --- whoever shares the batch
 
 
-@pytest.mark.parametrize("budget", [64, 4096])
+@pytest.mark.parametrize("budget", [64, pytest.param(4096, marks=pytest.mark.medium)])
 def test_company_and_padding_change_nothing(opened: Opener, budget: int) -> None:
     alone = [said(opened(), [item]) for item in ITEMS]
     embedding, likelihood = said(opened(token_budget=budget), ITEMS)
@@ -232,6 +232,7 @@ def test_the_whole_dialogue_can_be_shown_and_the_picture_stands_in_its_first_que
 # --- the name of it all
 
 
+@pytest.mark.medium
 def test_the_fingerprint_knows_how_pictures_are_prepared(opened: Opener, tmp_path: Path) -> None:
     plain = opened()
     assert opened().fingerprint == plain.fingerprint

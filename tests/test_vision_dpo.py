@@ -80,6 +80,7 @@ def test_the_loss_equals_a_computation_by_hand(
     torch.testing.assert_close(implicit_margins(base, adapter, PAIRS, ONE_STEP), margins, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.medium
 def test_a_step_is_the_step_by_hand(base: OpenBase, adapter: dict[str, Tensor]) -> None:
     settings = ONE_STEP.model_copy(update={"learning_rate": 1e-3})
     trained, _ = train_dpo(base, adapter, PAIRS, settings, seed=0)
@@ -126,6 +127,7 @@ def test_pictures_are_not_counted_when_pairs_are_cut(base: OpenBase) -> None:
     assert encode(base, PAIRS, 1024)[0].prompt == whole
 
 
+@pytest.mark.medium
 def test_it_learns_and_the_base_stays(base: OpenBase) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     settings = ONE_STEP.model_copy(

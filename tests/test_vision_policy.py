@@ -218,6 +218,7 @@ def test_greedy_answers_are_those_of_each_dialogue_alone(base: OpenBase) -> None
     assert picture_token(base) not in {token for answer in drawn for token in answer.tokens}
 
 
+@pytest.mark.medium
 def test_what_is_kept_on_disk_knows_the_pictures(base: OpenBase, tmp_path: Path) -> None:
     def drawn(images: Any, **more: Any) -> list[Answer]:
         return sample_through(tmp_path, base, PROMPTS, SAMPLING, 0, images=images, **more)
@@ -235,6 +236,7 @@ def test_what_is_kept_on_disk_knows_the_pictures(base: OpenBase, tmp_path: Path)
     assert other != weights_key.__wrapped__(base)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [1, 60, 2048])
 def test_distances_equal_a_computation_by_hand(base: OpenBase, budget: int) -> None:
     with wearing(base, moved(base)) as worn:
@@ -330,6 +332,7 @@ def logps(base: OpenBase, prompt: Prompt, image: Image | None, tokens: Sequence[
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("together", [6, 2])
 def test_what_trl_scores_is_the_base_that_sees_the_rows_picture(
     base: OpenBase, tmp_path: Path, spied: list[dict[str, Tensor]], together: int
@@ -376,6 +379,7 @@ def test_answers_are_drawn_and_paid_for_by_the_picture_of_their_group(base: Open
     assert row["seconds"] > row["drawing_seconds"] > 0 < row["scoring_seconds"]
 
 
+@pytest.mark.medium
 def test_a_text_model_is_trained_by_a_reward_that_sees(tmp_path: Path) -> None:
     blind, reward = open_base.__wrapped__(str(write_language_model(tmp_path)), "cpu"), Looked()
     trained(blind, start_policy(blind, POLICY, NO_TASTES, generator(0)), tmp_path, reward=reward)
@@ -416,6 +420,7 @@ class Some:
         return torch.tensor(found).flatten()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("together", [6, 3, 2, 1])
 def test_flat_groups_leave_the_loss_wholly(
     base: OpenBase, tmp_path: Path, spied: list[dict[str, Tensor]], together: int
@@ -444,6 +449,7 @@ def test_flat_groups_leave_the_loss_wholly(
         assert told[0]["token_kl"] == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-3)
 
 
+@pytest.mark.medium
 def test_the_step_does_not_depend_on_how_the_passes_are_cut(base: OpenBase, tmp_path: Path) -> None:
     ends = []
     for together in (6, 2):
@@ -458,6 +464,7 @@ def test_the_step_does_not_depend_on_how_the_passes_are_cut(base: OpenBase, tmp_
         assert (apart < 2e-5).float().mean() > 0.97, "AdamW's first step is the gradient's sign, and some are near 0"
 
 
+@pytest.mark.medium
 def test_a_step_without_any_group_changes_nothing(base: OpenBase, tmp_path: Path) -> None:
     """Not even by the momentum of the steps before."""
     settings = FEW.model_copy(update={"drop_flat_groups": True})
@@ -485,6 +492,7 @@ def test_a_step_without_any_group_changes_nothing(base: OpenBase, tmp_path: Path
 # --- the same bits, the same base
 
 
+@pytest.mark.medium
 def test_an_interrupted_training_goes_on_to_the_same_bits(base: OpenBase, tmp_path: Path) -> None:
     settings = FEW.model_copy(update={"grpo_steps": 4, "drop_flat_groups": True})
     start = moved(base)
@@ -517,6 +525,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(base: OpenBase, tmp_pa
     assert list(lines["whole"]) == [1, 2, 3, 4]
 
 
+@pytest.mark.medium
 def test_the_base_comes_out_as_it_went_in(tmp_path: Path, folder: Path) -> None:
     """Its eyes, too: a batch norm in there gathers no statistics."""
     from motet.alignment.opened import _keep_statistics
@@ -564,6 +573,7 @@ def test_lora_stays_in_the_language_model_unless_a_projector_is_named(base: Open
     )
 
 
+@pytest.mark.medium
 def test_a_projector_learns_too(base: OpenBase, tmp_path: Path) -> None:
     both = POLICY.model_copy(update={"lora_targets": ("q_proj", "multi_modal_projector.linear_1")})
     start = moved(base, settings=both)
