@@ -273,6 +273,7 @@ class Counting(LocalEngine):
         return replies, failures
 
 
+@pytest.mark.medium
 @EVERY
 def test_rounds_begin_and_end_and_go_on_after_an_interruption(name: str, base: Written, tmp_path: Path) -> None:
     rounds = 2 if name in TRAINS_A_BASE else 5

@@ -175,6 +175,7 @@ def test_better_is_said_of_a_lead_that_the_interval_keeps_above_zero() -> None:
 # the table
 
 
+@pytest.mark.medium
 def test_a_row_has_the_keys_of_the_summary_and_their_twins(done: Compared) -> None:
     summary = read(cell_of(done.folder, "fedvpa", 0), "summary.json")
     plain = {key for key in summary if not key.endswith("_interval")} - {"seed"}

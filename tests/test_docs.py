@@ -315,6 +315,7 @@ def settle(command: str, words: list[str]) -> None:
         resolve_mixing("mor-demo", given)
 
 
+@pytest.mark.medium
 def test_command_lines_on_the_pages_parse() -> None:
     seen = 0
     for place, line in command_lines():

@@ -58,6 +58,7 @@ def all_pairs(deal: DomainDeal) -> Iterator[Pair]:
 # the deal
 
 
+@pytest.mark.medium
 def test_the_same_seed_deals_the_same(deal: DomainDeal) -> None:
     assert dealt() == deal
     assert dealt(seed=1).test != deal.test

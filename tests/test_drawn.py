@@ -53,6 +53,7 @@ def test_two_hundred_questions_take_a_second() -> None:
     assert time.process_time() - start < 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("domain", DRAWN)
 def test_every_question_is_whole(asked: dict[str, tuple[Question, ...]], domain: str) -> None:
     assert len(asked[domain]) == COUNT

@@ -243,6 +243,7 @@ def test_a_reply_from_another_model_is_refused(model: str) -> None:
 LEARN = {"local_steps": 8, "batch_pairs": 2, "lora_rank": 4, "learning_rate": 1e-2}
 
 
+@pytest.mark.medium
 def test_what_everybody_prefers_is_learnt_and_carries_over_to_pairs_never_seen(model: str) -> None:
     algorithm = made(model, **LEARN)
     clients = [client(i, tea(16, i)) for i in range(2)]

@@ -57,6 +57,7 @@ def witness(people: Any) -> Run:
     return drive(people.train, 12)
 
 
+@pytest.mark.medium
 def test_opposite_tastes_are_found(planted: Any, people: Any, witness: Run) -> None:
     found = [accuracy(witness, own, test) for own, test in zip(people.train, people.held_out, strict=True)]
     assert sum(found) / len(found) > 0.8

@@ -267,6 +267,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.medium
 def test_a_run_of_mor_is_recognised_and_asks_nothing_of_a_network(finished: Path) -> None:
     text = (finished / "report.html").read_text(encoding="utf-8")
     page = Page(text)

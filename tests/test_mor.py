@@ -137,6 +137,7 @@ def test_a_head_is_kept_in_the_clients_own_folder(deal: DomainDeal, tmp_path: Pa
     assert (settings.model, fingerprint) == ("toy", client.reward.backbone.fingerprint)
 
 
+@pytest.mark.medium
 def test_averaging_heads_averages_the_conflict_away(deal: DomainDeal, tmp_path: Path) -> None:
     clients = trained(deal, ["rules", "toy", "rules", "toy"], tmp_path)
     pairs = {dealt.name: dealt.train for dealt in deal.clients}

@@ -504,6 +504,7 @@ def test_a_judge_leaves_two_prompts_at_least() -> None:
         made({"for": pairs(10)}, judge_share=0.9)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("recipe", ["voices", "hh-strict"])
 def test_half_of_a_recipe_s_prompts_can_be_kept_for_a_judge(recipe: str) -> None:
     shared = Path(os.environ.get("MOTET_SHARED_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "hh_rlhf"

@@ -96,6 +96,7 @@ def config_of(folder: Path, base: Path, steps: int) -> Path:
     return coordination(folder, "mor", **{**TINY, "server": server, "router": router, "policy": policy})
 
 
+@pytest.mark.medium
 def test_a_mixture_sends_pictures_to_whom_they_tell_something(llava: Path, tmp_path: Path) -> None:
     sites = sites_with(tmp_path, {"north": f"vlm:{llava}", "south": "rules", "west": "toy"})
     tapped, out = Tapped(carrier(sites)), tmp_path / "out"
@@ -121,6 +122,7 @@ def test_a_mixture_sends_pictures_to_whom_they_tell_something(llava: Path, tmp_p
     assert any("16 of all about pictures" in line for line in summary["said"])
 
 
+@pytest.mark.medium
 def test_a_question_that_would_be_too_large_is_cut_to_the_same_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

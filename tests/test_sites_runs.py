@@ -128,6 +128,7 @@ def test_the_report_says_that_it_was_a_deployment(served: Callable[[str], Served
         assert "each site alone, linear" in text
 
 
+@pytest.mark.medium
 def test_the_selector_of_a_deployment_is_as_usable_as_any(served: Callable[[str], Served]) -> None:
     from motet.experiment import resolve
 

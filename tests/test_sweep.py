@@ -49,6 +49,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     return Swept(folder / "out", words, folder / "cache", content)
 
 
+@pytest.mark.medium
 def test_every_point_of_the_grid_has_a_row_a_method(swept: Swept) -> None:
     points = [(p["clients"], p["pairs_per_client"], p["label_noise"]) for p in swept.content["points"]]
     assert points == [(4, 500, 0.0), (4, 500, 0.3), (4, None, 0.0), (4, None, 0.3)]

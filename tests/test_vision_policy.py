@@ -201,6 +201,7 @@ def test_rows_share_a_batch_in_their_order(base: OpenBase) -> None:
 # --- sampling
 
 
+@pytest.mark.medium
 def test_greedy_answers_are_those_of_each_dialogue_alone(base: OpenBase) -> None:
     found = sample(base, PROMPTS, SAMPLING, 0, images=IMAGES, greedy=True)
     for prompt, image, answer in zip(PROMPTS, IMAGES, found, strict=True):
