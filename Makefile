@@ -3,7 +3,7 @@
 # make test      passes the quick tests: a minute or so on 2 cores
 # make test-medium  those of half a second to a minute; CI passes them after the quick ones
 # make test-all  everything that needs no accelerator, the slow ones too
-# make test-sites  FLARE's simulator with two sites, and a deployment of three over mutual TLS; installs the extra flare
+# make test-sites  FLARE's simulator with two sites, and whole runs over a deployment of three with mutual TLS; installs flare
 # make check     format, lint, types and tests: what a change must pass
 
 PYTHON ?= python3
@@ -43,7 +43,7 @@ test-all: install
 
 test-sites: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,flare]'
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests/test_flare.py -m slow -k digest
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 0 tests/test_flare.py tests/test_deployments.py -m slow -k 'digest or flare_deployment'
 
 check: install
 	scripts/check
