@@ -26,6 +26,8 @@ from motet.records import Pair, generator
 from test_trainers import quick_collections as quick_collections
 from test_trainers import same_bits, write_language_model
 
+pytestmark = pytest.mark.medium
+
 LATENT = 2
 TASTES = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
 POLICY = PolicySettings(lora_rank=4, check_every=1, kl_budget=1e6)

@@ -147,6 +147,7 @@ def test_a_damaged_shard_is_seen_and_computed_again(tmp_path: Path, damage: obje
     assert repaired.asked == []
 
 
+@pytest.mark.medium
 def test_whichever_byte_turns_the_rows_are_right(tmp_path: Path) -> None:
     items = some_items(3)
     first = embeddings(Counting(), items, tmp_path)

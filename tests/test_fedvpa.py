@@ -112,6 +112,7 @@ def witness(people: Any) -> Run:
     return drive(made(SMALL), people.train, 10)
 
 
+@pytest.mark.medium
 def test_planted_tastes_are_found(people: Any, witness: Run) -> None:
     for group in (0, 1):
         found = [
@@ -124,6 +125,7 @@ def test_planted_tastes_are_found(people: Any, witness: Run) -> None:
     assert adjusted_rand_score(people.truth, [assignment[client.client_id] for client in people.train]) == 1.0
 
 
+@pytest.mark.medium
 def test_people_never_seen_are_understood_from_a_few_pairs(planted: Any, people: Any, witness: Run) -> None:
     strangers = planted(clients=14, pairs=8, held_out=60)  # the same two tastes; the first eight are old friends
     found = [accuracy(witness, taste_of(witness, c), h) for c, h, _ in list(zip(*strangers, strict=True))[8:]]

@@ -66,6 +66,7 @@ def test_opposite_tastes_are_found(planted: Any, people: Any, witness: Run) -> N
     assert sum(accuracy(witness, own, test) for own, test in later) / len(later) > 0.75
 
 
+@pytest.mark.medium
 def test_a_swapped_context_asks_for_the_opposite(people: Any, witness: Run) -> None:
     own, test = people.train[0], people.held_out[0]
     mirrored = ClientData(own.client_id, own.rejected, own.chosen, -own.scalars)

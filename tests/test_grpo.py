@@ -26,6 +26,8 @@ from test_trainers import quick_collections as quick_collections
 from test_trainers import same_bits, write_language_model
 from toy_run import toy_run
 
+pytestmark = pytest.mark.medium
+
 PROMPTS = tuple((Turn("user", text),) for text in ("Tea or coffee?", "?", "How are you today, and how was it?", "So"))
 TASTES = torch.tensor([[2.0, 0.0], [-2.0, 0.5]])
 NO_TASTES = torch.zeros(0, 0)

@@ -257,6 +257,7 @@ def test_a_minute_is_counted_over_restarts_and_other_limits(tmp_path: Path) -> N
     assert site.total(12, 1.0) == 5
 
 
+@pytest.mark.medium
 def test_processes_side_by_side_are_counted_together(tmp_path: Path) -> None:
     most, tries = 50, 40
     code = (

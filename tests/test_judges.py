@@ -335,6 +335,7 @@ def test_too_few_prompts_make_no_judge() -> None:
     )
 
 
+@pytest.mark.medium
 def test_a_judge_is_opened_by_its_settings_and_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, s = planted_pairs(40), JudgeSettings(judge_model="toy")
     judge = open_judge(s, "polite", pairs, tmp_path)

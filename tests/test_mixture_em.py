@@ -14,6 +14,8 @@ from motet.evaluation.predictors import columns
 from motet.federated.contract import Ground
 from motet.records import ClientData, Reply
 
+pytestmark = pytest.mark.medium
+
 HIDDEN, SCALARS = 12, 1
 WIDTH = HIDDEN + SCALARS
 NAMES = {"moments", "evidence", "losses", "squares", "pairs", "heard"}

@@ -21,6 +21,8 @@ from motet.report.fused import second, verdict
 from motet.report.mixture_folder import read_mixture
 from motet.report.routing import training
 
+pytestmark = pytest.mark.medium
+
 DOMAINS = ("detail", "medical", "tables", "charts", "shapes")
 STYLES = {"detail": "explained", "medical": "terse", "tables": "terse", "charts": "explained", "shapes": "terse"}
 KINDS = (

@@ -157,6 +157,7 @@ def test_a_client_joins_without_training(public: World, test_pairs: World) -> No
         few.join(NAMES[3], public.margins[3])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["learned", "competence", "prototypes", "uniform", "best"])
 def test_who_is_absent_gets_nothing_and_the_others_all(kind: str, public: World, learned: LearnedRouter) -> None:
     router = learned if kind == "learned" else made(public, router=kind)

@@ -25,6 +25,8 @@ from motet.alignment.trainers import LoraSettings, OpenBase, open_base
 from motet.records import Turn, generator
 from test_trainers import write_language_model
 
+pytestmark = pytest.mark.medium
+
 LATENT = 3
 LORA = LoraSettings(lora_rank=4, lora_dropout=0.0)
 SHORT = SamplingSettings(max_new_tokens=8, batch_rows=2)

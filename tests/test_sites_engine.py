@@ -134,6 +134,7 @@ def test_a_killed_server_goes_on_to_the_same_bits_although_sites_are_ahead(
     assert run_over(carrier, algorithm, tmp_path / "there", resume=True) == here
 
 
+@pytest.mark.medium
 def test_a_server_that_went_back_undoes_what_sites_did_since(people: list[ClientData], tmp_path: Path) -> None:
     """The checkpoint of another, shorter past: sites forget, and remember from there."""
     algorithm, hosts = Adding(), hosts_of(Adding(), people, tmp_path / "sites")
@@ -219,6 +220,7 @@ def test_a_third_dropping_out_of_every_round_costs_little(
     assert means[0.3] > means[0.0] - most
 
 
+@pytest.mark.medium
 def test_rounds_end_within_their_deadline_though_sites_hang(people: list[ClientData], tmp_path: Path) -> None:
     algorithm = Adding()
     hosts = hosts_of(algorithm, people, tmp_path / "sites")
@@ -386,6 +388,7 @@ def test_another_answer_than_before_the_restart_is_rejected(tmp_path: Path) -> N
     assert answers.failed["b"].reason == "replay: another answer to the same question was accepted before"
 
 
+@pytest.mark.medium
 def test_suspension_survives_a_restart(tmp_path: Path) -> None:
     hosts, conduct = Hosts(tmp_path / "sites", "a", "b", "c"), {"b": lambda k, s, f, honest: b"?"}
     for step in range(1, 5):

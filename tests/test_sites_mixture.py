@@ -130,6 +130,7 @@ def test_a_mixture_that_is_cut_off_goes_on_to_the_same_bits(
     assert one == other
 
 
+@pytest.mark.medium
 def test_answers_and_their_scores_are_kept(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "AT_ONCE", 4)
     sites, out = toy_sites(tmp_path), tmp_path / "out"
@@ -168,6 +169,7 @@ def _forget(path: Path, prompts: int) -> None:
     path.write_bytes(save(cut, metadata=about))
 
 
+@pytest.mark.medium
 def test_without_steps_rewards_are_routed_and_no_policy_is_trained(llama: Path, tmp_path: Path) -> None:
     serve(carrier(toy_sites(tmp_path)), config_of(tmp_path, llama, 0), tmp_path / "out")
     assert read(tmp_path / "out", "evaluation.json")["policy"] is None

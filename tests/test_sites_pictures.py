@@ -31,6 +31,8 @@ from test_vision_policy import write_seeing_model
 from toy_run import read
 from toy_sites import NAMES, carrier, coordination, example, toy_site
 
+pytestmark = pytest.mark.medium
+
 COLOURS = {"red": (250, 30, 30), "blue": (30, 30, 250)}
 
 

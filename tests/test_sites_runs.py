@@ -158,6 +158,7 @@ def test_sites_and_the_local_engine_come_to_the_same_bits(
     assert_same_state(out, tmp_path / "local")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("method", "at"),
     [
@@ -232,6 +233,7 @@ def failures(error: pytest.ExceptionInfo[QuorumError]) -> Mapping[str, Failure]:
     return error.value.answers.failed
 
 
+@pytest.mark.medium
 def test_a_site_with_another_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     sites = toy_sites(tmp_path)
     config = coordination(tmp_path, "fedbiscuit")

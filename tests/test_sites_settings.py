@@ -274,6 +274,7 @@ def test_a_run_can_be_asked_to_stop_only_while_it_stands_open(tmp_path: Path) ->
     assert not at_work(asked.out)
 
 
+@pytest.mark.medium
 def test_the_standing_of_a_run_says_what_became_of_each_site(tmp_path: Path) -> None:
     standing = Standing(tmp_path, "shared", NAMES)
     standing.heard("update", {"north": b"nonsense"}, {"west": Failure("timeout", "no answer within 5 s")})

@@ -16,6 +16,8 @@ from motet.report.heat import heat_map
 from motet.sweep import FULL, NOTHING, ablate, parse_numbers, sweep
 from toy_run import SMALL, few_voices, read
 
+pytestmark = pytest.mark.medium
+
 METHODS = ("fedvpa", "fedvpl")
 PARTS = {"without orthogonal loss": {"orthogonal_weight": 0.0}, "by the encoder": {"inference": "amortised"}}
 PAGE = Path(__file__).parent.parent / "docs" / "compare-folder.md"

@@ -39,6 +39,8 @@ from motet.alignment.trainers import (
 from motet.errors import BackboneError, ConfigError, MessageError
 from motet.records import Pair, Turn, generator
 
+pytestmark = pytest.mark.medium
+
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"

@@ -187,6 +187,7 @@ def test_a_scaled_head_is_asked_as_a_whole(opened: Opener) -> None:
 # --- whoever shares the batch
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [64, pytest.param(4096, marks=pytest.mark.medium)])
 def test_company_and_padding_change_nothing(opened: Opener, budget: int) -> None:
     alone = [said(opened(), [item]) for item in ITEMS]

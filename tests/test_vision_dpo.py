@@ -17,6 +17,8 @@ from test_trainers import quick_collections as quick_collections
 from test_trainers import same_bits, write_language_model
 from test_vision_policy import BLUE, NOISE, RED, TOKENS, write_seeing_model
 
+pytestmark = pytest.mark.medium
+
 PAIRS = (
     Pair.of("Which colour is this?", "Red.", "Blue, as far as I can see", RED),
     Pair.of("Tea?", "Yes, please", "No"),

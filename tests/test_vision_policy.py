@@ -31,6 +31,8 @@ from motet.records import Image, Turn, generator
 from test_trainers import quick_collections as quick_collections
 from test_trainers import same_bits, write_language_model
 
+pytestmark = pytest.mark.medium
+
 PARTS = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' }}{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}<end>{% endfor %}"
