@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from motet.data.partition import Deal, check_deal, deal, deal_table, print_deal, split_counts, split_groups
+from motet.data.partition import Deal, check_deal, deal, deal_table, own_splits, print_deal, split_counts, split_groups
 from motet.data.recipes import DataSettings, load_recipe
 from motet.errors import ConfigError, DataError
 from motet.records import Pair, Turn, prompt_group
@@ -138,6 +138,28 @@ def test_shares_of_groups_are_exact_and_every_axis_agrees() -> None:
     assert Counter(split_groups(pairs(2), 0.1, 0.0, 0).values()) == {"train": 1, "test": 1}
     with pytest.raises(ConfigError, match=r"their sum below 1, got 0\.7 and 0\.3; 0\.25 and 0\.1 are usual"):
         split_groups(pairs(3), 0.7, 0.3, 0)
+
+
+def test_ones_own_splits_stay_whatever_pairs_come_or_go() -> None:
+    few, many = pairs(60, 2), pairs(400, 2)
+    before = dict(zip(few, own_splits(few, 0.25, 0), strict=True))
+    after = dict(zip(many, own_splits(many, 0.25, 0), strict=True))
+    assert all(after[one] == split for one, split in before.items())
+    assert dict(zip(reversed(many), own_splits(many[::-1], 0.25, 0), strict=True)) == after
+    assert 0.2 < sum(split == "test" for split in after.values()) / 800 < 0.3
+    for count in range(2, 12):
+        assert set(own_splits(pairs(count), 0.1, 0)) == {"train", "test"} == set(own_splits(pairs(count), 0.9, 0))
+    assert len(set(own_splits(pairs(1, 3), 0.25, 0))) == 1
+
+
+def test_who_shares_a_prompt_is_in_one_split_whatever_the_groups_are_called() -> None:
+    renamed = [replace(one, group=f"row-{n}") for n, one in enumerate(pairs(40, 3))]
+    by_prompt: dict[Any, set[str]] = {}
+    for one, split in zip(renamed, own_splits(renamed, 0.25, 0), strict=True):
+        by_prompt.setdefault(one.prompt, set()).add(split)
+    assert all(len(found) == 1 for found in by_prompt.values())
+    wide = [replace(one, group="all the same") for one in pairs(10)]
+    assert len(set(own_splits(wide, 0.25, 0))) == 1
 
 
 def test_counts_set_aside_so_many_pairs_of_each_axis() -> None:

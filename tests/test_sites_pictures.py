@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +16,16 @@ from safetensors.torch import load_file, save
 
 from motet.alignment.asked import RewardQuery, parts
 from motet.config import read_toml, write_toml
-from motet.errors import ConfigError, MessageError
-from motet.messages import Packet, parse
+from motet.errors import ConfigError, MessageError, RunError
+from motet.federated.sites import Federation, QuorumError
+from motet.messages import Answers, Failure, Packet, parse
 from motet.records import Image, Turn, tensors_from
 from motet.sites import asking
-from motet.sites.asking import SCORES
+from motet.sites.asking import SCORES, Asking
 from motet.sites.checked import check_site
 from motet.sites.hosted import open_host, version
 from motet.sites.serving import serve
+from motet.sites.settings import read_coordination
 from test_sites_mixture import TINY
 from test_sites_runs import asked
 from test_trainers import quick_collections as quick_collections
@@ -98,7 +101,6 @@ def config_of(folder: Path, base: Path, steps: int) -> Path:
     return coordination(folder, "mor", **{**TINY, "server": server, "router": router, "policy": policy})
 
 
-@pytest.mark.medium
 def test_a_mixture_sends_pictures_to_whom_they_tell_something(llava: Path, tmp_path: Path) -> None:
     sites = sites_with(tmp_path, {"north": f"vlm:{llava}", "south": "rules", "west": "toy"})
     tapped, out = Tapped(carrier(sites)), tmp_path / "out"
@@ -117,14 +119,13 @@ def test_a_mixture_sends_pictures_to_whom_they_tell_something(llava: Path, tmp_p
     assert not any("cannot see" in line for line in summary["warnings"])
     policy = evaluation["policy"]
     assert set(policy["gain"]) == {"seen", "read"}
-    assert 0 < policy["pictured"] < policy["overall"]["before"]["questions"] == 9
+    assert 0 < policy["pictured"] < policy["overall"]["before"]["questions"] == 4
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "of the prompts are about pictures" in page
     assert "data:image/png;base64," in page
     assert any("16 of all about pictures" in line for line in summary["said"])
 
 
-@pytest.mark.medium
 def test_a_question_that_would_be_too_large_is_cut_to_the_same_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +148,7 @@ def test_a_question_that_would_be_too_large_is_cut_to_the_same_scores(
 
 
 def test_a_site_is_asked_no_more_than_its_owner_lets_it_read(tmp_path: Path) -> None:
-    llama, most = write_language_model(tmp_path / "llama"), 5_000
+    llama, most = write_language_model(tmp_path / "llama"), 5_200
     sites = sites_with(tmp_path, dict.fromkeys(NAMES, "rules"))
     settings = read_toml(sites["north"])
     write_toml(sites["north"], {**settings, "policy": {**settings["policy"], "largest_frame": most}})
@@ -158,6 +159,55 @@ def test_a_site_is_asked_no_more_than_its_owner_lets_it_read(tmp_path: Path) -> 
     assert max(sizes) <= most
     assert [set(packets) for packets in tapped.asked[1:]] == [{"north"}] * (len(sizes) - 1)
     assert set(load_file(tmp_path / "out" / SCORES)) == set(NAMES)
+
+
+class Halting(Federation):
+    """A federation in which a site stops answering at some question, and each answer takes a while."""
+
+    def __init__(self, silent: tuple[str, int], seconds: float = 0.0) -> None:
+        self.silent, self.seconds, self.deadlines = silent, seconds, list[float]()
+
+    def ask(self, kind: str, step: int, packets: Mapping[str, Packet], deadline: float, quorum: int, rule: Any) -> Any:
+        self.deadlines.append(deadline)
+        time.sleep(self.seconds)
+        site, since = self.silent
+        ok = {
+            name: Packet({}, {"rewards": torch.zeros(int(packet.meta["answers"]))})  # type: ignore[call-overload]
+            for name, packet in packets.items()
+            if name != site or len(self.deadlines) < since
+        }
+        failed = {name: Failure("refused", "spent") for name in packets if name not in ok}
+        answers = Answers(ok, failed)
+        if len(ok) < quorum:
+            raise QuorumError(kind, step, answers, quorum)
+        return answers
+
+
+def far_query(count: int) -> RewardQuery:
+    return RewardQuery(((Turn("user", "?"),),) * count, ("a",) * count, tuple(noise(n) for n in range(count)))
+
+
+def test_who_has_answered_every_part_counts_towards_the_quorum_of_the_rest(tmp_path: Path) -> None:
+    asked_for = read_coordination(coordination(tmp_path, "shared"))  # two of three suffice
+    plain = RewardQuery(((Turn("user", "?"),),) * 6, ("a",) * 6)
+    queries = {"north": plain, "south": plain, "west": far_query(6)}
+    federation = Halting(("west", 2))
+    found = Asking(federation, asked_for, largest={"west": 4096}).together(queries)
+    assert isinstance(found["west"], RunError)
+    assert all(isinstance(found[site], torch.Tensor) for site in ("north", "south"))
+    assert len(federation.deadlines) == 2, "whoever failed is not asked on"
+    with pytest.raises(QuorumError):
+        Asking(Halting(("west", 2)), asked_for, largest={"west": 4096}).together({"west": far_query(6)})
+
+
+def test_all_parts_of_a_question_share_one_deadline(tmp_path: Path) -> None:
+    asked_for = read_coordination(coordination(tmp_path, "shared", federation={"deadline_seconds": 1.2}))
+    federation = Halting(("nobody", 0), seconds=0.1)
+    Asking(federation, asked_for, largest={"west": 4096}).together({"west": far_query(8)})
+    assert len(federation.deadlines) > 2
+    assert federation.deadlines == sorted(federation.deadlines, reverse=True)
+    assert federation.deadlines[1] < 1.15
+    assert federation.deadlines[-1] >= asking.LEAST_SECONDS
 
 
 def noise(number: int) -> Image:

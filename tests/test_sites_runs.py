@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from motet.algorithms import ALGORITHMS
+from motet.engines.gathering import STOP
 from motet.engines.local import LocalEngine
 from motet.errors import RunError
 from motet.federated.contract import Ground
@@ -28,7 +29,7 @@ from motet.sites.hosted import Resident, open_host, version
 from motet.sites.public import common_ground, read_public
 from motet.sites.serving import serve
 from motet.sites.settings import read_coordination, read_site
-from motet.sites.standing import STOP, read_standing
+from motet.sites.standing import read_standing
 from toy_run import read
 from toy_sites import NAMES, RUN, carrier, coordination, rounds_of, toy_sites
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from motet.engines.gathering import STOP, gathered
 from motet.errors import BackboneError, ConfigError, DataError, MessageError, RunError
 from motet.messages import Failure
 from motet.sites.checked import check_site
@@ -20,7 +21,7 @@ from motet.sites.documented import documented, init_site
 from motet.sites.holdings import read_holding
 from motet.sites.judging import Counts, read, written
 from motet.sites.settings import SITE_TABLES, read_coordination, read_site
-from motet.sites.standing import STOP, Standing, read_standing
+from motet.sites.standing import Standing, read_standing
 from motet.sites.texts import as_tensor, as_text
 from toy_cli import Motet
 from toy_sites import NAMES, coordination, example, toy_site, toy_sites
@@ -216,7 +217,7 @@ def test_from_nothing_to_a_finished_rehearsal(motet: Motet, tmp_path: Path) -> N
     checked = motet("site", "check", "north/site.toml", "--json")
     assert checked.code == 0
     assert json.loads(checked.out)["fingerprint"] == "toy-1-48"
-    assert "held_out_share = 0.85" in (tmp_path / "north" / "site.toml").read_text(encoding="utf-8")
+    assert "held_out_share = 0.8" in (tmp_path / "north" / "site.toml").read_text(encoding="utf-8")
     config = coordination(tmp_path, "shared", federation={"engine": "flare", "out": "runs/first"}).name
     answer = motet("coordinate", config, "--engine", "local")
     assert answer.code == 0
@@ -254,6 +255,37 @@ def test_files_of_other_sites_are_refused(tmp_path: Path) -> None:
 
 
 # --- how a run stands
+
+
+def test_a_run_that_waits_for_its_sites_says_so_and_can_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = read_coordination(coordination(tmp_path, "shared", federation={"engine": "flare"}))
+    said: list[str] = []
+
+    def waits(one: Any, told: Any, patience_seconds: float) -> None:
+        assert read_standing(asked.out)["state"] == "waiting for sites"
+        assert at_work(asked.out)
+        with pytest.raises(RunError, match="another run is at work"):
+            coordinate(asked, told)
+        assert "asked to stop: it does before its next question" in stop(asked)
+        gathered(lambda: (), NAMES, 2, 60, told, asked.out)
+
+    monkeypatch.setattr("motet.sites.coordinating._over_flare", waits)
+    with pytest.raises(RunError, match="the run was stopped, as was asked; start it again, and it goes on from there"):
+        coordinate(asked, said.append)
+    assert read_standing(asked.out)["state"] == "stopped"
+    assert not at_work(asked.out)
+
+    def comes(one: Any, told: Any, patience_seconds: float) -> None:
+        assert gathered(lambda: NAMES, NAMES, 2, 60, told, asked.out) == list(NAMES), (
+            "the wish does not outlive the run"
+        )
+        raise RunError("enough")
+
+    monkeypatch.setattr("motet.sites.coordinating._over_flare", comes)
+    with pytest.raises(RunError, match="enough"):
+        coordinate(asked, said.append)
 
 
 def test_a_run_can_be_asked_to_stop_only_while_it_stands_open(tmp_path: Path) -> None:

@@ -494,8 +494,13 @@ def _prototype_names(assigned: Mapping[int, int], deal: Deal, prototypes: int) -
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One run at a time in a folder. A folder that a refused run would leave empty is taken away again."""
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """One run at a time in a folder. A folder that a refused run would leave empty is taken away again.
+
+    Args:
+        folder: The run folder.
+        name: Of the file in it that is locked.
+    """
     fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -504,7 +509,7 @@ def locked(folder: Path) -> Iterator[None]:
             f"the run folder {str(folder)!r} cannot be made ({error.strerror}); choose another --out"
         ) from None
     try:
-        with (folder / ".lock").open("w") as lock:
+        with (folder / name).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -513,8 +518,8 @@ def locked(folder: Path) -> Iterator[None]:
                 ) from None
             yield
     finally:
-        if fresh and {path.name for path in folder.iterdir()} <= {".lock"}:
-            (folder / ".lock").unlink(missing_ok=True)
+        if fresh and {path.name for path in folder.iterdir()} <= {name}:
+            (folder / name).unlink(missing_ok=True)
             folder.rmdir()
 
 

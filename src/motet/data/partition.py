@@ -26,7 +26,7 @@ from rich.table import Table
 
 from motet.config import nearest
 from motet.errors import ConfigError, DataError
-from motet.records import Pair, generator
+from motet.records import Pair, generator, pair_group
 
 Split = Literal["train", "test", "public", "reserve"]
 PARTITIONS = ("axis", "dirichlet", "client", "equal")
@@ -130,6 +130,45 @@ def split_groups(pairs: Iterable[Pair], test_share: float, public_share: float, 
         group: "test" if place < test else "public" if place < test + public else "train"
         for place, group in enumerate(ranked)
     }
+
+
+def own_splits(pairs: Sequence[Pair], held_out_share: float, seed: int) -> list[Split]:
+    """``train`` or ``test`` for each pair, by a hash of its group and of nothing else.
+
+    Unlike in :func:`split_groups` the share is met on average only; but whatever pairs come or go, those that stay are
+    where they were. Groups that share a prompt or picture count as one, whatever a column ``group`` says, so a pair
+    that joins two of them may move one. Where a split would be empty, it gets one group.
+
+    Args:
+        pairs: All pairs.
+        held_out_share: Share of the groups that is ``test``.
+        seed: Another seed hashes otherwise.
+    """
+    groups, first = joined_groups(pairs), dict[str, str]()
+    for name, root in sorted(groups.items()):  # the first of its names: who is last may change
+        first.setdefault(root, name)
+    names = [first[groups[pair.group]] for pair in pairs]
+    # hashes of their own: a recipe has taken its test pairs from the lowest of the others
+    hashes = {name: _hash(seed, "held out", name) for name in names}
+    ranked = sorted(hashes, key=lambda name: (hashes[name], name))
+    held_out = {name for name in ranked if hashes[name] < held_out_share * 2**64}
+    held_out = (held_out | set(ranked[:1])) - (set(ranked[-1:]) if len(ranked) > 1 else set())
+    return ["test" if name in held_out else "train" for name in names]
+
+
+def joined_groups(pairs: Iterable[Pair]) -> dict[str, str]:
+    """One name for all groups that share a prompt or picture: a column ``group`` may widen a group, never split one."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for pair in pairs:
+        parent[root(pair.group)] = root(pair_group(pair.prompt, pair.image))
+    return {name: root(name) for name in list(parent)}
 
 
 def split_counts(

@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 
 from motet.config import Section, nearest
 from motet.data.pairs import BadRow, PairSet, hub_rows, local_path, read_pairs, rows_of, sift
-from motet.data.partition import Deal, deal
+from motet.data.partition import Deal, deal, joined_groups
 from motet.data.voices import voices_pairs
 from motet.errors import ConfigError, DataError
-from motet.records import Pair, Turn, pair_group, prompt_group
+from motet.records import Pair, Turn, prompt_group
 
 CRITERIA = {
     "comprehensiveness": "Comprehensiveness",
@@ -247,27 +247,12 @@ def _pairs(settings: DataSettings, quarantine: Path | None) -> Loaded:
         settings.data or "", split=settings.split, max_bad_share=settings.max_bad_share, quarantine=quarantine
     )
     by_axis: dict[str, list[Pair]] = defaultdict(list)
-    groups = _joined(found.pairs)
+    groups = joined_groups(found.pairs)
     for pair in found.pairs:
         by_axis[pair.axis or "all"].append(replace(pair, axis=pair.axis or "all", group=groups[pair.group]))
     named = any(pair.client is not None for pair in found.pairs)
     partition = "client" if named else "axis" if len(by_axis) > 1 else "equal"
     return Loaded(dict(sorted(by_axis.items())), (found.said(),), partition)
-
-
-def _joined(pairs: Iterable[Pair]) -> dict[str, str]:
-    """One name for all groups that share a prompt or picture: a column ``group`` may widen a group, never split one."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for pair in pairs:
-        parent[root(pair.group)] = root(pair_group(pair.prompt, pair.image))
-    return {name: root(name) for name in list(parent)}
 
 
 def _path(data: str) -> Path:

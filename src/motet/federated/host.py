@@ -205,10 +205,11 @@ class SiteStore:
             (oldest,) = struct.unpack("<d", file.read(8))
             if abs(now - oldest) < 60:  # one from farther ahead is of a clock that was put back
                 return False
+            file.seek(0)  # the place first: killed between the two, it has counted one too few, and locks nobody out
+            file.write(((place + 1) % most).to_bytes(8, "little"))
+            file.flush()
             file.seek(8 * (place + 1))
             file.write(struct.pack("<d", now))
-            file.seek(0)
-            file.write(((place + 1) % most).to_bytes(8, "little"))
         return True
 
     @staticmethod

@@ -37,8 +37,10 @@ MOST_ANSWERS = 512
 """Answers in one question about public pairs."""
 MOST_BYTES = 32 * 1024 * 1024
 """Texts and pictures in one question, at most: larger ones would be slow to ask again."""
-HEAD_SHARE = 0.1
-"""Of the largest question that a site reads, what is left for everything but texts and pictures."""
+HEAD_SHARE, HEAD_BYTES = 0.1, 1536
+"""Of the largest question that a site reads, what is left for everything but texts and pictures, and at least that."""
+LEAST_SECONDS = 1.0
+"""For a part of a question, however long the parts before it took."""
 
 
 @dataclass(eq=False)
@@ -56,7 +58,8 @@ class Asking:
 
     def bound(self, site: str) -> int:
         """Bytes of texts and pictures in one question to a site."""
-        return min(MOST_BYTES, int((1 - HEAD_SHARE) * self.largest.get(site, 2 * MOST_BYTES)))
+        largest = self.largest.get(site, 2 * MOST_BYTES)
+        return min(MOST_BYTES, largest - max(HEAD_BYTES, int(HEAD_SHARE * largest)))
 
     def together(self, queries: Mapping[str, RewardQuery]) -> Mapping[str, Tensor | MotetError]:
         """Rewards of each site for its query, or why it gives none. See ``alignment.mixture.Together``.
@@ -64,12 +67,17 @@ class Asking:
         Raises:
             QuorumError: Too few sites answer; training stops, and goes on from its checkpoint.
         """
+        settings = self.coordination.federation
+        needed = min(settings.needed(len(settings.sites)), len(queries))
+        until = time.monotonic() + settings.deadline_seconds
         waiting = {site: parts(query, self.bound(site)) for site, query in queries.items()}
         said: dict[str, list[Tensor]] = {site: [] for site in queries}
         failed: dict[str, MotetError] = {}
         while waiting:
-            found = self._together({site: some.pop(0) for site, some in waiting.items()})
-            for site, told in found.items():
+            whole = len(queries) - len(waiting) - len(failed)  # have answered all that they were asked
+            left = max(until - time.monotonic(), LEAST_SECONDS)  # one wait for all parts, or a slow site holds up all
+            asked = {site: some.pop(0) for site, some in waiting.items()}
+            for site, told in self._together(asked, max(needed - whole, 0), left).items():
                 if isinstance(told, MotetError):
                     failed[site] = told
                 else:
@@ -77,17 +85,18 @@ class Asking:
             waiting = {site: some for site, some in waiting.items() if some and site not in failed}
         return {site: failed[site] if site in failed else torch.cat(some) for site, some in said.items()}
 
-    def _together(self, queries: Mapping[str, RewardQuery]) -> dict[str, Tensor | MotetError]:
+    def _together(
+        self, queries: Mapping[str, RewardQuery], needed: int, deadline: float
+    ) -> dict[str, Tensor | MotetError]:
         """The same in one question, which must not be too large."""
-        began, settings = time.perf_counter(), self.coordination.federation
+        began = time.perf_counter()
         packets = {
             site: Packet({"provenance": PUBLIC, "answers": len(query.answers)}, tensors_from(query.serialised()))
             for site, query in queries.items()
         }
         rules = {site: score_rule(len(query.answers)) for site, query in queries.items()}
-        needed = min(settings.needed(len(settings.sites)), len(packets))
         self.step += 1
-        found = self.federation.ask("score", self.step - 1, packets, settings.deadline_seconds, needed, rules)
+        found = self.federation.ask("score", self.step - 1, packets, deadline, needed, rules)
         self.seconds.append(time.perf_counter() - began)
         said: dict[str, Tensor | MotetError] = {site: answer.tensors["rewards"] for site, answer in found.ok.items()}
         return said | {site: RunError(f"{failure.why}: {failure.reason}") for site, failure in found.failed.items()}

@@ -13,16 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from motet.engines.gathering import STOP
 from motet.engines.local import LocalSites
 from motet.errors import ConfigError, RunError
+from motet.experiment import locked
 from motet.federated.server import ROUNDS
+from motet.sites.answering import ANSWERS
+from motet.sites.asking import SCORES
 from motet.sites.hosted import open_host
 from motet.sites.serving import serve
 from motet.sites.settings import Coordination, read_site
-from motet.sites.standing import STATUS, STOP, ask_to_stop, read_standing
+from motet.sites.standing import STATUS, WAITING, Standing, ask_to_stop, read_standing
 
 Say = Callable[[str], None]
 FOLLOWED_SECONDS = 0.5
+COORDINATING = ".coordinating"
+"""Locked in the run folder as long as a coordinator is at work; the server itself, elsewhere, locks ``.lock``."""
 EXTRAS = {"flare": ("nvflare", "motet[flare]"), "flower": ("flwr", "motet[flower]")}
 """What each engine needs: a package, and the extra that brings it."""
 
@@ -47,14 +53,15 @@ def coordinate(coordination: Coordination, said: Say, patience_seconds: float = 
             "method 'mor' needs the engine 'flare': it asks sites at every step, and Flower starts a new process for "
             "every question"
         )
-    (out / STOP).unlink(missing_ok=True)
-    with _followed(out, said):
-        if settings.engine == "local":
-            serve(LocalSites(_hosts(coordination)), coordination.path, out, "local")
-        elif settings.engine == "flower":
-            _over_flower(coordination, said, patience_seconds)
-        else:
-            _over_flare(coordination, said, patience_seconds)
+    with locked(out, COORDINATING):
+        (out / STOP).unlink(missing_ok=True)
+        with _followed(out, said), _waiting(coordination):
+            if settings.engine == "local":
+                serve(LocalSites(_hosts(coordination)), coordination.path, out, "local")
+            elif settings.engine == "flower":
+                _over_flower(coordination, said, patience_seconds)
+            else:
+                _over_flare(coordination, said, patience_seconds)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary
 
@@ -151,9 +158,26 @@ def provision_kits(coordination: Coordination, said: Say) -> bool:
 
 def _progress(out: Path) -> object:
     """Anything that differs once a run has moved on."""
-    rounds = out / ROUNDS
+    kept = [out / name for name in (ROUNDS, SCORES, ANSWERS)]
     checkpoints = sorted(path.name for path in (out / "checkpoints").glob("*"))
-    return rounds.stat().st_size if rounds.exists() else 0, checkpoints
+    return [path.stat().st_mtime_ns if path.exists() else 0 for path in kept], checkpoints
+
+
+@contextmanager
+def _waiting(coordination: Coordination) -> Iterator[None]:
+    """Until the server's process writes how it stands, ``status.json`` says that sites are waited for."""
+    out = coordination.out
+    if coordination.federation.engine == "local":
+        yield
+        return
+    standing = Standing(out, coordination.method, coordination.federation.sites)
+    standing.now(WAITING)
+    try:
+        yield
+    except BaseException:
+        if read_standing(out)["state"] == WAITING:  # it has not come further
+            standing.now("stopped")
+        raise
 
 
 @contextmanager
@@ -201,15 +225,16 @@ def _seen(out: Path) -> tuple[float, int]:
 
 
 def at_work(out: Path) -> bool:
-    """Whether a server holds the run folder."""
-    try:
-        with (out / ".lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+    """Whether a server, or a coordinator that waits for sites, holds the run folder."""
+    for name in (".lock", COORDINATING):
+        try:
+            with (out / name).open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            return True
+    return False
 
 
 def status_of(coordination: Coordination) -> dict[str, Any]:

@@ -33,7 +33,7 @@ folder. docs/data.md shows every form. Nothing in this folder ever leaves the si
 EXAMPLE_PEOPLE = 12
 """Made-up people whose pairs ``motet site init --example`` can write: neighbours want different things, and those whose
 numbers differ by four want the same."""
-EXAMPLE_HELD_OUT = 0.85
+EXAMPLE_HELD_OUT = 0.8
 """Share of their prompts to judge by: the rest are few pairs to train on, as real people have, and there are enough to
 tell whether taking part was worth it."""
 

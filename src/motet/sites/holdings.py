@@ -3,8 +3,9 @@
 In:  a site's settings, the coordinator's whitening.
 Out: training pairs and held-out pairs; the same embedded and whitened, as ``ClientData`` and ``HeldOut``.
 
-Which prompts are held out is decided by a hash of the prompt, the same in every run: a pair that one run was judged on
-was never trained on in another.
+Whether a prompt is held out is decided by its own hash, the same in every run and whatever pairs come or go: a pair
+that one run was judged on was never trained on in another. Where pairs are about pictures it is the picture, as it was
+shrunk: another ``image_pixels`` deals anew.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from motet.algorithms.mor import KINDS, parse_kind
 from motet.data.pairs import PairSet, local_path, read_pairs
-from motet.data.partition import split_groups
+from motet.data.partition import own_splits
 from motet.errors import ConfigError, DataError
 from motet.evaluation.people import HeldOut
 from motet.records import ClientData, Pair
@@ -65,13 +66,12 @@ def read_holding(site: Site) -> Holding:
         local_path(path) or path, max_bad_share=site.site.max_bad_share, quarantine=_quarantine(site),
         image_pixels=site.site.image_pixels,
     )  # fmt: skip
-    splits = split_groups(found.pairs, site.site.held_out_share, 0.0, SPLIT_SEED)
     parts: dict[str, list[Pair]] = {"train": [], "test": []}
-    for pair in found.pairs:
-        parts[splits[pair.group]].append(pair)
+    for pair, split in zip(found.pairs, own_splits(found.pairs, site.site.held_out_share, SPLIT_SEED), strict=True):
+        parts[split].append(pair)
     if not parts["train"]:
         raise DataError(
-            f"{found.source} has pairs of {len(splits)} prompt, a site needs 2 or more: some are held out to judge by"
+            f"{found.source} has pairs of one prompt, a site needs 2 or more: some are held out to judge by"
         )
     return Holding(found, tuple(parts["train"]), tuple(parts["test"]))
 

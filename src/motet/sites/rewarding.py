@@ -23,7 +23,7 @@ from safetensors.torch import save
 from motet.alignment.mixture import MixtureReward
 from motet.alignment.router import save_router
 from motet.config import write_atomically, write_toml
-from motet.data.partition import split_groups
+from motet.data.partition import own_splits
 from motet.errors import DataError
 from motet.federated.sites import Federation
 from motet.messages import Packet
@@ -110,12 +110,11 @@ def serve_mixture(
 
 def _halves(coordination: Coordination, pairs: tuple[Pair, ...]) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
     """Public pairs that the router is fitted to, and those that it is judged on; no prompt is in both."""
-    splits = split_groups(pairs, coordination.public.judged_share, 0.0, 0)
     found: dict[str, list[Pair]] = {"train": [], "test": []}
-    for pair in pairs:
-        found[splits[pair.group]].append(pair)
+    for pair, split in zip(pairs, own_splits(pairs, coordination.public.judged_share, 0), strict=True):
+        found[split].append(pair)
     if not found["train"]:
-        raise DataError(f"the public pairs are of {len(splits)} prompt, a router needs many; give more public pairs")
+        raise DataError("the public pairs are of one prompt, a router needs many; give more public pairs")
     return tuple(found["train"]), tuple(found["test"])
 
 

@@ -47,7 +47,7 @@ def fit_rule() -> Rule:
             "pairs": PAIRS, "held_out": WordRule(int, least=1, most=MOST_PAIRS),
             "prompts": WordRule(int, least=1, most=MOST_PAIRS), "right": count, "longer": count,
             "kind_of_reward": NAME, "sees": WordRule(bool), "parameters": WordRule(int, least=0, most=10**12),
-            "largest_frame": WordRule(int, least=1024, most=10**12),
+            "largest_frame": WordRule(int, least=4096, most=10**12),
         }
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import secrets
 from pathlib import Path
 
 from motet.config import write_atomically
+from motet.engines.gathering import STOP, STOPPED
 from motet.errors import RunError
 from motet.experiment import default_cache, locked
 from motet.federated.journal import JOURNAL, Journal
@@ -21,7 +22,7 @@ from motet.report import write_report
 from motet.sites.rewarding import serve_mixture
 from motet.sites.selecting import serve_selectors
 from motet.sites.settings import read_coordination
-from motet.sites.standing import STOP, Standing, Stoppable
+from motet.sites.standing import Standing, Stoppable
 from motet.trust.gate import Gate
 
 RUN = "run.json"
@@ -60,7 +61,7 @@ def serve(carrier: Carrier, config: Path, out: Path, engine: str | None = None) 
             standing.now("stopped")
             if wished:
                 (out / STOP).unlink(missing_ok=True)
-                raise RunError("the run was stopped, as was asked; start it again, and it goes on from there") from None
+                raise RunError(STOPPED) from None
             raise
 
 

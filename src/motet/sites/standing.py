@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from motet.config import write_atomically
+from motet.engines.gathering import STOP
 from motet.errors import MessageError, RunError
 from motet.messages import Carrier, Failure, parse, sentence
 
-STATUS, STOP = "status.json", "stop"
+STATUS, WAITING = "status.json", "waiting for sites"
 LINES = 200
 """Sentences that are kept in the file."""
 

@@ -95,7 +95,7 @@ def coordinate(
         _abort_all(session)  # of a coordinator that is gone
         wait, idle = patience_seconds, 0
         while True:
-            here = gathered(lambda: _present(session), wanted, quorum, wait, said)
+            here = gathered(lambda: _present(session), wanted, quorum, wait, said, out)
             before, note = progress(), kits / SERVER / f"note-{uuid.uuid4().hex[:8]}.json"
             with tempfile.TemporaryDirectory() as folder:
                 job = session.submit_job(str(write_job(Path(folder), config, out, note, here, min(quorum, len(here)))))

@@ -63,11 +63,11 @@ def main(grid: Grid, context: Context) -> None:
     for name, value in settings.items():
         if not value:
             raise ConfigError(f"{name} must be given to flwr run, got nothing; --run-config '{name}=\"…\"' sets it")
-    carrier = FlowerCarrier(grid)
+    carrier, out = FlowerCarrier(grid), Path(settings["out"])
     if sites := [site for site in str(context.run_config.get("sites", "")).split(",") if site]:
         quorum, patience = int(context.run_config["quorum"]), float(context.run_config["patience"])
-        gathered(carrier.sites, sites, quorum, patience, lambda line: print(SAID + line, flush=True))
-    opened(settings["serve"])(carrier, Path(settings["config"]), Path(settings["out"]))
+        gathered(carrier.sites, sites, quorum, patience, lambda line: print(SAID + line, flush=True), out)
+    opened(settings["serve"])(carrier, Path(settings["config"]), out)
 
 
 # Flower looks these two names up in the source, without running it: plain assignments, no annotations.
