@@ -330,8 +330,8 @@ def test_a_question_cannot_hide_how_much_it_asks(site: Site) -> None:
 
 
 def test_a_large_question_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = Site(tmp_path / "store", largest_frame=2_000)
-    frame, _ = enveloped(Packet({}, {"x": torch.zeros(1_000)}), RUN, "alpha", "update", 8)
+    site = Site(tmp_path / "store", largest_frame=4_096)
+    frame, _ = enveloped(Packet({}, {"x": torch.zeros(2_000)}), RUN, "alpha", "update", 8)
     monkeypatch.setattr("motet.messages.load", lambda frame: pytest.fail("it was read"))
     said = site.host.handle("update", 8, frame)
     monkeypatch.undo()

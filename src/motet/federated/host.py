@@ -59,7 +59,7 @@ class SitePolicy(Section):
     """Usable pairs below which the site answers nothing but ``hello``: few pairs say much about each."""
     public_prompts_only: bool = True
     """Score answers to prompts only that the server says are public; a prompt could be from somebody's data."""
-    largest_frame: int = Field(64 * 1024 * 1024, ge=1024)
+    largest_frame: int = Field(64 * 1024 * 1024, ge=4096)
     """Bytes of the largest question that is read."""
     visits_kept: int = Field(64, ge=2)
     """Answers kept of each kind and run: so many visits a server can go back."""
