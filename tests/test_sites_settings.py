@@ -246,6 +246,14 @@ def test_an_engine_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mon
         need("flare")
 
 
+def test_a_run_without_its_engine_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = read_coordination(coordination(tmp_path, "shared", federation={"engine": "flower"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=re.escape("pip install 'motet[flower]'")):
+        coordinate(asked, lambda line: None)
+    assert not asked.out.exists()
+
+
 def test_files_of_other_sites_are_refused(tmp_path: Path) -> None:
     toy_sites(tmp_path)
     files = ["south/site.toml", "north/site.toml", "west/site.toml"]
@@ -271,6 +279,7 @@ def test_a_run_that_waits_for_its_sites_says_so_and_can_be_stopped(
         assert "asked to stop: it does before its next question" in stop(asked)
         gathered(lambda: (), NAMES, 2, 60, told, asked.out)
 
+    monkeypatch.setattr("motet.sites.coordinating.need", lambda engine: None)
     monkeypatch.setattr("motet.sites.coordinating._over_flare", waits)
     with pytest.raises(RunError, match="the run was stopped, as was asked; start it again, and it goes on from there"):
         coordinate(asked, said.append)

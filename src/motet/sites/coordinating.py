@@ -53,6 +53,8 @@ def coordinate(coordination: Coordination, said: Say, patience_seconds: float = 
             "method 'mor' needs the engine 'flare': it asks sites at every step, and Flower starts a new process for "
             "every question"
         )
+    if settings.engine in EXTRAS:
+        need(settings.engine)  # before anything is written
     with locked(out, COORDINATING):
         (out / STOP).unlink(missing_ok=True)
         with _followed(out, said), _waiting(coordination):
@@ -95,7 +97,6 @@ def _hosts(coordination: Coordination) -> dict[str, Any]:
 
 
 def _over_flare(coordination: Coordination, said: Say, patience_seconds: float) -> None:
-    need("flare")
     from motet.engines import flare
 
     settings, kits, out = coordination.federation, coordination.kits, coordination.out
@@ -107,7 +108,6 @@ def _over_flare(coordination: Coordination, said: Say, patience_seconds: float) 
 
 
 def _over_flower(coordination: Coordination, said: Say, patience_seconds: float) -> None:
-    need("flower")
     from motet.engines.flower.kits import provision
     from motet.engines.flower.processes import coordinate as over_flower
 
