@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from loopback import free_port, until
 from motet.engines.local import LocalSites
 from motet.federated.generations import read_newest
 from motet.federated.server import STATE
@@ -44,14 +45,6 @@ MIXTURE: Mapping[str, Mapping[str, Any]] = {
 
 flare_only = pytest.mark.skipif(importlib.util.find_spec("nvflare") is None, reason="needs the extra motet[flare]")
 flower_only = pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="needs the extra motet[flower]")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def digest(out: Path) -> str:
@@ -219,15 +212,6 @@ def sites_up(house: House, engine: str) -> Iterator[Sites]:
         yield sites
     finally:
         sites.end(*house.sites)
-
-
-def until(happens: Callable[[], Any], seconds: float) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := happens():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"did not happen within {seconds} s")
 
 
 # --- equal states

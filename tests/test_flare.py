@@ -7,7 +7,6 @@ listens on loopback, every wait has an end, and every process is ended by its ow
 import contextlib
 import json
 import os
-import socket
 import stat
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ pytest.importorskip("nvflare", reason="needs the extra motet[flare]")
 import psutil
 
 from flare_entries import InProcess, Toy, serve
+from loopback import free_port, until
 from motet.engines.flare import (
     Running,
     add_site,
@@ -63,12 +63,6 @@ def _entries_are_installed() -> Iterator[None]:
         os.environ["PYTHONPATH"] = before
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def step(kind: str, steps: int = 1, size: int = 256, deadline: float = 30, **more: Any) -> dict[str, Any]:
     return {"kind": kind, "steps": steps, "bytes": size, "deadline": deadline} | more
 
@@ -99,16 +93,6 @@ def notes(out: Path) -> list[dict[str, Any]]:
         return list(json.loads((out / "state.json").read_text())["notes"])
     except FileNotFoundError:
         return []
-
-
-def until(happens: Callable[[], Any], seconds: float = 150) -> Any:
-    """A busy machine takes a minute for what an idle one does in ten seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := happens():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"did not happen within {seconds} s")
 
 
 class Deployment(NamedTuple):

@@ -7,6 +7,7 @@ A setting is documented by the string under it; ``docs/settings.md`` is held aga
 """
 
 import difflib
+import json
 import os
 import tempfile
 import tomllib
@@ -117,6 +118,15 @@ def write_toml(path: Path, tables: Mapping[str, Any]) -> None:
         for name, table in tables.items()
     }
     write_atomically(path, tomli_w.dumps(kept).encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write as indented JSON, atomically.
+
+    Raises:
+        ValueError: A number in it is infinite, or none: no other reader of JSON would take it.
+    """
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

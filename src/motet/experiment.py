@@ -28,7 +28,7 @@ from torch import Tensor
 
 from motet.algorithms import ALGORITHMS
 from motet.algorithms.fedvpa import FedVPA, FedVPASettings
-from motet.config import Section, nearest, read_toml, settings, write_atomically, write_toml
+from motet.config import Section, nearest, read_toml, settings, write_atomically, write_json, write_toml
 from motet.data.partition import Deal, deal_digest, deal_table
 from motet.data.recipes import RECIPES, DataSettings, load_recipe
 from motet.engines.local import LocalEngine
@@ -313,7 +313,7 @@ def run(
         for stale in ("summary.json", "evaluation.json", REPORT):  # a prolonged run must not show an old end as its own
             (out / stale).unlink(missing_ok=True)
         write_toml(out / "config.toml", asked.tables())
-        write_atomically(out / "deal.json", _json(deal_table(prepared.deal)))
+        write_json(out / "deal.json", deal_table(prepared.deal))
         algorithm = build_algorithm(asked, prepared, cache)
         engine = LocalEngine(
             algorithm, holdings(asked, prepared), asked.run.batch_clients, find_device(asked.run.train_on)
@@ -386,7 +386,7 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
         evaluation["warnings"].append(flipped)
     if prepared.unseen:
         evaluation["warnings"].append(f"{prepared.unseen}.")
-    write_atomically(out / "evaluation.json", _json(evaluation))
+    write_json(out / "evaluation.json", evaluation)
     logs = [json.loads(line) for line in (out / ROUNDS).read_text(encoding="utf-8").splitlines()]
     visits = sum(len(log["cohort"]) for log in logs)
     whitening = sum(getattr(prepared.whitening, name).numel() * 4 for name in Whitening.__dataclass_fields__)
@@ -419,7 +419,7 @@ def conclude(asked: Settings, prepared: Prepared, algorithm: Any, state: Any, ou
         "said": list(prepared.deal.said),
         "warnings": evaluation["warnings"],
     }
-    write_atomically(out / "summary.json", _json(summary))
+    write_json(out / "summary.json", summary)
     return summary
 
 
@@ -521,10 +521,6 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
         if fresh and {path.name for path in folder.iterdir()} <= {name}:
             (folder / name).unlink(missing_ok=True)
             folder.rmdir()
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 __all__ = ["Inference", "Settings", "Silent", "Watcher", "prepare", "resolve", "run"]

@@ -26,7 +26,7 @@ from motet.alignment.sampling import Answer, SamplingSettings, end_tokens, promp
 from motet.alignment.trainers import LoraSettings, OpenBase, adapter_files, open_base
 from motet.card import card
 from motet.config import settings as build
-from motet.config import write_atomically
+from motet.config import write_atomically, write_json
 from motet.data.pairs import read_pairs
 from motet.errors import ConfigError, DataError, RunError
 from motet.person import UNSURE, Chooser, open_chooser
@@ -183,7 +183,7 @@ def write_policy(
     content = {"format": FORMAT, "names": list(names), "lora": adapter.settings.model_dump(mode="json"), **about}
     content["lora"] = {name: content["lora"][name] for name in LoraSettings.model_fields}
     write_atomically(folder / TENSORS, payload)
-    write_atomically(folder / ABOUT, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / ABOUT, content)
 
 
 def open_model(policy: Policy, cache: Path, device: str = "auto", dtype: str = "auto") -> OpenBase:

@@ -23,7 +23,7 @@ from motet.algorithms.mor import Client, Prompt, Workshop, averaged_heads, parse
 from motet.alignment.mixture import MixtureReward, See
 from motet.alignment.opened import OpenBase, open_base
 from motet.alignment.router import CompetenceRouter, LearnedRouter, TableRouter, save_router
-from motet.config import read_toml, write_atomically, write_toml
+from motet.config import read_toml, write_atomically, write_json, write_toml
 from motet.data.domains import DomainDeal, deal_domains
 from motet.data.questions import Question
 from motet.errors import ConfigError, RunError
@@ -276,7 +276,7 @@ def run_mixing(
             (out / stale).unlink(missing_ok=True)
         ready = prepare_mixture(asked, out, cache, watcher)
         deal = ready.deal
-        write_atomically(out / "deal.json", _json(_deal_table(asked, ready)))
+        write_json(out / "deal.json", _deal_table(asked, ready))
         evaluation: dict[str, Any] = {
             "domains": list(deal.domains), "styles": dict(deal.styles), "clients": _client_rows(ready),
             "routers": _method_rows(ready, named, cache, watcher), "controls": control_rows(ready.test),
@@ -299,9 +299,9 @@ def run_mixing(
         if asked.server.policy_steps:
             evaluation["policy"] = _policy(ready, mixture, out, watcher)
         evaluation["bytes"] = traffic(out, {client.name: client.parameters for client in ready.clients})
-        write_atomically(out / "evaluation.json", _json(evaluation))
+        write_json(out / "evaluation.json", evaluation)
         summary = summarise(ready, evaluation, time.perf_counter() - began)
-        write_atomically(out / "summary.json", _json(summary))
+        write_json(out / "summary.json", summary)
         if report:
             write_report(out)
         return summary
@@ -469,7 +469,3 @@ def _warnings(ready: Ready) -> list[str]:
     if not any(client.sees for client in ready.clients):
         said.append("No client looks at pictures; right and wrong answers can only be told apart by their words.")
     return said
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

@@ -5,7 +5,6 @@ Out: ``table.json``, ``table.csv``, ``table.md``, ``report.html``; ``accuracy.sv
      ``few-shot.svg``.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from motet.config import write_atomically
+from motet.config import write_atomically, write_json
 from motet.report.canvas import CARD, INK, SOFT, colour, plain, svg
 from motet.report.folder import Row, number
 from motet.report.matrix import (
@@ -50,7 +49,7 @@ def write_comparison(folder: Path, table: Mapping[str, Any]) -> None:
     write_atomically(folder / "table.md", markdown(table).encode())
     write_atomically(folder / "table.csv", comma_separated([*table["rows"], *table["controls"]]).encode())
     write_atomically(folder / "report.html", page(table, list(pictures.values())).encode())
-    write_atomically(folder / "table.json", (json.dumps(table, indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / "table.json", table)
 
 
 def drawn(table: Mapping[str, Any]) -> dict[str, Picture]:

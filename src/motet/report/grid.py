@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from motet.config import write_atomically
+from motet.config import write_atomically, write_json
 from motet.report.folder import Row, number
 from motet.report.heat import heat_map
 from motet.report.matrix import (
@@ -51,7 +51,7 @@ def write_grid(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
     write_pictures(folder, drawn[kind], width=1060)
     write_atomically(folder / f"{kind}.csv", comma_separated(content["rows"]).encode())
     write_atomically(folder / f"{kind}.md", markdown(content).encode())
-    write_atomically(folder / f"{kind}.json", (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / f"{kind}.json", content)
     found = {name: folder / f"{name}.json" for name in KINDS}
     there = [json.loads(path.read_text(encoding="utf-8")) for path in found.values() if path.exists()]
     pictures = [list((drawn[kind] if one["kind"] == kind else _maps(one)).values()) for one in there]

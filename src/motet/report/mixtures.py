@@ -4,7 +4,6 @@ In:  the content of ``table.json``, as ``motet.mixture_compare`` makes it.
 Out: ``table.json``, ``table.csv``, ``table.md``, ``report.html``; ``accuracy.svg``, ``differences.svg``.
 """
 
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from motet.config import write_atomically
+from motet.config import write_atomically, write_json
 from motet.report.comparison import accuracies, forest
 from motet.report.folder import Row, number
 from motet.report.fused import CALLED, RIVALS
@@ -46,7 +45,7 @@ def write_mixtures(folder: Path, table: Mapping[str, Any]) -> None:
     write_atomically(folder / "table.md", markdown(table).encode())
     write_atomically(folder / "table.csv", comma_separated([*table["rows"], *table["controls"]]).encode())
     write_atomically(folder / "report.html", page(table, pictures).encode())
-    write_atomically(folder / "table.json", (json.dumps(table, indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / "table.json", table)
 
 
 def drawn(table: Mapping[str, Any]) -> dict[str, Picture]:

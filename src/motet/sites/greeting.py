@@ -1,15 +1,16 @@
-"""Greeting: who is there, before anything is agreed on.
+"""Greeting: who is there, and who agrees to take part.
 
 In:  a federation.
 Out: the sites that answered, what they said, and a sentence on each for whoever looks on.
 """
 
 import time
+from collections.abc import Mapping
 
 from motet.federated.sites import Federation
 from motet.messages import Packet
 from motet.sites.hosted import version
-from motet.sites.rules import HELLO_STEP, hello_rule
+from motet.sites.rules import HELLO_STEP, SETUP_STEP, hello_rule, setup_rule
 from motet.sites.settings import Coordination
 from motet.sites.standing import Standing
 
@@ -32,6 +33,20 @@ def greet(federation: Federation, coordination: Coordination, standing: Standing
         about = f", {pictured} of all about pictures" if pictured else ""
         standing.said(f"{site} is here: {pairs} pairs to train on, {held_out} to judge by{about}")
     return dict(greeted.ok)
+
+
+def agree(
+    federation: Federation, coordination: Coordination, standing: Standing, packets: Mapping[str, Packet]
+) -> dict[str, Packet]:
+    """Set up the sites that were greeted, each with its own question; what those said that agreed.
+
+    Raises:
+        QuorumError: Fewer than the quorum did.
+    """
+    settings = coordination.federation
+    standing.now("setting up sites")
+    needed = settings.needed(len(settings.sites))
+    return dict(federation.ask("setup", SETUP_STEP, packets, settings.setup_seconds, needed, setup_rule()).ok)
 
 
 def numbers_in(answer: Packet) -> dict[str, int]:

@@ -9,7 +9,6 @@ them that its own model wrote; each batch goes to all sites in one question, wit
 fusion and training are those of the simulation, unchanged. ``asking`` asks, ``policy`` trains, ``answering`` judges.
 """
 
-import json
 import statistics
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from safetensors.torch import save
 
 from motet.alignment.mixture import MixtureReward
 from motet.alignment.router import save_router
-from motet.config import write_atomically, write_toml
+from motet.config import write_atomically, write_json, write_toml
 from motet.data.partition import own_splits
 from motet.errors import DataError
 from motet.federated.sites import Federation
@@ -36,11 +35,11 @@ from motet.records import Pair
 from motet.selector.backbone import Backbone, BackboneSettings, model_folder, open_backbone
 from motet.sites.asking import Asking, FarReward, public_scores
 from motet.sites.counting import interval
-from motet.sites.greeting import greet, numbers_in
+from motet.sites.greeting import agree, greet, numbers_in
 from motet.sites.hosted import version
 from motet.sites.policy import trained_policy
 from motet.sites.public import read_public
-from motet.sites.rules import FIT_STEP, SETUP_STEP, fit_rule, setup_rule
+from motet.sites.rules import FIT_STEP, fit_rule
 from motet.sites.settings import Coordination
 from motet.sites.standing import Standing
 
@@ -73,7 +72,7 @@ def serve_mixture(
     for stale in ("summary.json", "evaluation.json", "report.html"):
         (out / stale).unlink(missing_ok=True)
     write_toml(out / "config.toml", asked.tables())
-    write_atomically(out / "deal.json", _json(_deal(fits, fitted, judged)))
+    write_json(out / "deal.json", _deal(fits, fitted, judged))
     base = model_folder(BackboneSettings(model=asked.server.base), cache)
     backbone = open_backbone(base_reading(asked, base), cache)
     see, names = sight_of(backbone), tuple(sorted(fits))
@@ -102,9 +101,9 @@ def serve_mixture(
     if asked.server.policy_steps:
         evaluation["policy"] = trained_policy(asked, mixture, base, fitted, judged, out, standing)
     evaluation["bytes"] = traffic(out, {site: numbers_in(fits[site])["parameters"] for site in names})
-    write_atomically(out / "evaluation.json", _json(evaluation))
+    write_json(out / "evaluation.json", evaluation)
     summary = _summary(coordination, asked, evaluation, fits, asking, standing, time.perf_counter() - began)
-    write_atomically(out / "summary.json", _json(summary))
+    write_json(out / "summary.json", summary)
     return summary
 
 
@@ -123,17 +122,14 @@ def _fit(coordination: Coordination, federation: Federation, standing: Standing)
     settings = coordination.federation
     needed = settings.needed(len(settings.sites))
     greeted = greet(federation, coordination, standing)
-    standing.now("setting up sites")
     packets = {
         site: Packet({"version": version(), "method": "mor", "client": number, "seed": coordination.asked.seed})
         for number, site in enumerate(settings.sites)
         if site in greeted
     }
-    agreed = federation.ask("setup", SETUP_STEP, packets, settings.setup_seconds, needed, setup_rule())
+    agreed = agree(federation, coordination, standing, packets)
     standing.now("sites train their reward models")
-    fits = federation.ask(
-        "fit", FIT_STEP, dict.fromkeys(agreed.ok, Packet()), settings.setup_seconds, needed, fit_rule()
-    )
+    fits = federation.ask("fit", FIT_STEP, dict.fromkeys(agreed, Packet()), settings.setup_seconds, needed, fit_rule())
     for site, fit in fits.ok.items():
         share = _own_accuracy(fit)["mean"]
         standing.said(f"{site} trained a reward model ({fit.meta['kind_of_reward']}): right on {share:.1%} of its own")
@@ -258,7 +254,3 @@ def _before_and_after(policy: Mapping[str, Any]) -> dict[str, Any]:
         "reward_held_out_interval": gain["interval"], "answers_changed": gain["changed"],
         "prompts_answered": before["questions"],
     }  # fmt: skip
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from motet.algorithms import ALGORITHMS
 from motet.algorithms.fedvpa import FedVPAState
-from motet.config import write_atomically, write_toml
+from motet.config import write_atomically, write_json, write_toml
 from motet.errors import MotetError
 from motet.experiment import Settings
 from motet.federated.contract import Ground
@@ -34,11 +34,11 @@ from motet.selector.features import text_key
 from motet.selector.trained import About
 from motet.selector.whitening import Whitening
 from motet.sites.counting import evaluation_of, figures_of
-from motet.sites.greeting import greet, numbers_in
+from motet.sites.greeting import agree, greet, numbers_in
 from motet.sites.hosted import version
 from motet.sites.judging import Counts, exported, inferences, read
 from motet.sites.public import Common, common_ground, read_public
-from motet.sites.rules import SETUP_STEP, judge_rule, setup_rule
+from motet.sites.rules import judge_rule, setup_rule
 from motet.sites.settings import Coordination
 from motet.sites.standing import Standing
 from motet.sites.texts import as_tensor
@@ -137,7 +137,7 @@ def serve_selectors(
     server = Server(coordination, asked, federation, common, public, standing, out)
     held = _set_up(server)
     write_toml(out / "config.toml", asked.tables())
-    write_atomically(out / "deal.json", _json(_deal(server, held)))
+    write_json(out / "deal.json", _deal(server, held))
     algorithm = ALGORITHMS[asked.method].build(asked.algorithm, server.ground)
     settings, most = coordination.federation, {site: own["pairs"] for site, own in held.items()}
     engine = SitesEngine(
@@ -167,16 +167,14 @@ def serve_selectors(
 
 def _set_up(server: Server) -> dict[str, dict[str, int]]:
     """Greet all sites, then agree with each; numbers of pairs of those that did."""
-    settings, needed = server.coordination.federation, server.needed(len(server.sites))
     greeted = greet(server.federation, server.coordination, server.standing)
     pictured = [site for site, answer in greeted.items() if answer.meta["pictured"]]
     server.pictured.extend(["the server", *pictured] if any(p.image is not None for p in server.public) else pictured)
     if said := _unseen(server):
         server.standing.said(said)
-    server.standing.now("setting up sites")
     packets = {site: server.setup_packet(site) for site in greeted}
-    agreed = server.federation.ask("setup", SETUP_STEP, packets, settings.setup_seconds, needed, setup_rule())
-    return {site: numbers_in(answer) for site, answer in agreed.ok.items()}
+    agreed = agree(server.federation, server.coordination, server.standing, packets)
+    return {site: numbers_in(answer) for site, answer in agreed.items()}
 
 
 def _unseen(server: Server) -> str | None:
@@ -250,7 +248,7 @@ def _concluded(server: Server, algorithm: Any, state: Any, held: Mapping[str, Ma
     evaluation = evaluation_of(
         counts, method.title, columns, asked.evaluation.contexts, headline, server.numbers, assigned, warnings
     )
-    write_atomically(out / "evaluation.json", _json(evaluation))
+    write_json(out / "evaluation.json", evaluation)
     logs = [json.loads(line) for line in (out / ROUNDS).read_text(encoding="utf-8").splitlines()]
     visits = max(sum(len(log["cohort"]) for log in logs), 1)
     summary: dict[str, Any] = {
@@ -268,7 +266,7 @@ def _concluded(server: Server, algorithm: Any, state: Any, held: Mapping[str, Ma
         "fingerprint": server.common.fingerprint, "said": [line["said"] for line in server.standing.content["said"]],
         "warnings": warnings,
     }  # fmt: skip
-    write_atomically(out / "summary.json", _json(summary))
+    write_json(out / "summary.json", summary)
     return summary
 
 
@@ -308,7 +306,3 @@ def _identity(server: Server) -> str:
     for pair in server.public:
         digest.update(text_key(pair.prompt, pair.chosen, pair.rejected, image=pair.image).encode())
     return digest.hexdigest()
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

@@ -123,6 +123,6 @@ def ask_to_stop(folder: Path) -> None:
     Raises:
         RunError: Nothing is at work there.
     """
-    if read_standing(folder)["state"] in ("finished", "stopped"):
-        raise RunError(f"the run in {str(folder)!r} is not at work: it is {read_standing(folder)['state']}")
+    if (state := read_standing(folder)["state"]) in ("finished", "stopped"):
+        raise RunError(f"the run in {str(folder)!r} is not at work: it is {state}")
     write_atomically(folder / STOP, b"")
